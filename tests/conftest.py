@@ -1,0 +1,27 @@
+"""Eight CPU devices, exact matmuls and one compilation cache for the whole suite."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get(
+        "JAXSTYLE_TEST_CACHE", os.path.join(tempfile.gettempdir(), "jaxstyle-test-xla")
+    ),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def key():
+    """A fixed random key."""
+    return jax.random.key(0)

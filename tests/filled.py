@@ -1,0 +1,106 @@
+"""Networks and inputs of the golden data, rebuilt from their rule in numpy.
+
+The golden files hold outputs of the original PyTorch code on weights that nobody
+ships: every array of a state dict is drawn from a seed made of a prefix and its key.
+`golden/manifests/*.json` list for each network one row per key:
+`[key, shape, dtype, fill, crc32]`, shapes and orders as in PyTorch, `fill` being
+`["normal", scale, offset]`, `["uniform", low, high]` or `["const", text]`.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import zlib
+
+import numpy as np
+
+PREFIX = "golden-v1"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def generator_for(prefix, key):
+    """The numpy generator of one key."""
+    seed = zlib.crc32(f"{prefix}:{key}".encode())
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def draw(prefix, key, shape):
+    """Standard normals [*shape] of one key, float32, C order."""
+    return generator_for(prefix, key).standard_normal(size=shape, dtype=np.float32)
+
+
+def fill_array(prefix, key, shape, dtype, fill):
+    """One array [*shape] filled as its manifest row says."""
+    kind, *values = fill
+    if kind == "normal":
+        scale, offset = np.float32(values)
+        return scale * draw(prefix, key, shape) + offset
+    if kind == "uniform":
+        low, high = values
+        uniform = generator_for(prefix, key).random(size=shape, dtype=np.float32)
+        return np.float32(low) + np.float32(high - low) * uniform
+    taps = re.fullmatch(r"outer\(\[1,3,3,1\]\)/64\*([14])", values[0])
+    if taps:
+        row = np.array([1, 3, 3, 1], np.float32)
+        return np.outer(row, row) / np.float32(64) * np.float32(taps[1])
+    return np.full(shape, int(values[0]), dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def filled_state_dict(manifest_name, prefix=PREFIX, styles=None):
+    """The state dict {key: array} of one network, shared and read-only.
+
+    Args:
+        manifest_name: a file of `golden/manifests` without its ending.
+        prefix: base of every seed; another one gives another, held-out network.
+        styles: keep only the first heads `styles.0` .. of an encoder (a full one is
+            1 GB; its rows are independent of each other).
+
+    Arrays under the default prefix are checked against the manifest's crc32.
+    """
+    manifest = json.loads((GOLDEN / "manifests" / f"{manifest_name}.json").read_text())
+    seed_prefix = prefix + manifest["seed_prefix"].removeprefix(PREFIX)
+    state = {}
+    for key, shape, dtype, fill, checksum in manifest["entries"]:
+        head = re.match(r"styles\.(\d+)\.", key)
+        if styles is not None and head and int(head[1]) >= styles:
+            continue
+        array = np.asarray(fill_array(seed_prefix, key, tuple(shape), dtype, fill))
+        if prefix == PREFIX and checksum is not None:
+            assert zlib.crc32(array.tobytes()) == checksum, (manifest_name, key)
+        array.flags.writeable = False
+        state[key] = array
+    return state
+
+
+def input_array(name, shape, prefix=PREFIX):
+    """A random input [*shape] by the name the golden README gives it."""
+    return draw(prefix, f"input:{name}", shape)
+
+
+def picture(name, batch, size, prefix=PREFIX):
+    """A picture [batch, size, size, 3] in [-1, 1] with low and high frequencies."""
+    coarse = draw(prefix, f"input:{name}:coarse", (batch, 3, 8, 8))
+    fine = draw(prefix, f"input:{name}:fine", (batch, 3, size, size))
+    coarse = coarse.repeat(size // 8, axis=2).repeat(size // 8, axis=3)
+    mixed = np.float32(0.6) * coarse + np.float32(0.2) * fine
+    return nhwc(np.clip(mixed, -1, 1))
+
+
+def nhwc(array):
+    """PyTorch's [batch, channels, height, width] as [batch, height, width, channels]."""
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1))
+
+
+def golden(name):
+    """The arrays of one golden file of this folder as a dict."""
+    with np.load(GOLDEN / f"{name}.npz") as data:
+        return dict(data)
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest value of the expected array."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return np.abs(actual - expected).max() / np.abs(expected).max()
