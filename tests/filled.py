@@ -35,7 +35,9 @@ def fill_array(prefix, key, shape, dtype, fill):
     kind, *values = fill
     if kind == "normal":
         scale, offset = np.float32(values)
-        return scale * draw(prefix, key, shape) + offset
+        array = scale * draw(prefix, key, shape)
+        # Adding 0 would turn a drawn -0.0 into 0.0 and change the checksum.
+        return array + offset if offset else array
     if kind == "uniform":
         low, high = values
         uniform = generator_for(prefix, key).random(size=shape, dtype=np.float32)
@@ -89,7 +91,7 @@ def picture(name, batch, size, prefix=PREFIX):
 
 
 def nhwc(array):
-    """PyTorch's [batch, channels, height, width] as [batch, height, width, channels]."""
+    """[batch, channels, height, width] as [batch, height, width, channels]."""
     return np.ascontiguousarray(np.moveaxis(array, 1, -1))
 
 
