@@ -1,0 +1,71 @@
+"""Modulated convolution (Karras et al. 2020, arXiv 1912.04958, section 2.2).
+
+The weight is shared by the batch: the style scales the input's channels and the
+demodulation scales the output's. That equals one weight a sample and needs half
+the memory traffic.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_ops.upfirdn import fir_kernel, upfirdn2d
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def conv2d(x: Array, weight: Array) -> Array:
+    """Plain stride-1 convolution, same size: [b, h, w, in] * [k, k, in, out]."""
+    return lax.conv_general_dilated(
+        x, weight.astype(x.dtype), (1, 1), "SAME", dimension_numbers=DIMENSIONS
+    )
+
+
+def up_conv2d(x: Array, weight: Array) -> Array:
+    """Transposed 3×3 convolution of stride 2, then the FIR blur; doubles the size."""
+    y = lax.conv_general_dilated(
+        x,
+        jnp.flip(weight, (0, 1)).astype(x.dtype),
+        window_strides=(1, 1),
+        padding=((2, 2), (2, 2)),
+        lhs_dilation=(2, 2),
+        dimension_numbers=DIMENSIONS,
+    )
+    return upfirdn2d(y, fir_kernel(4.0), pad=(1, 1))
+
+
+def modulated_conv2d(
+    x: Array,
+    weight: Array,
+    style: Array,
+    *,
+    up: bool = False,
+    demodulate: bool = True,
+) -> Array:
+    """Convolve with a weight scaled by the style, output channels normalised.
+
+    Args:
+      x: [batch, height, width, in_channels].
+      weight: [k, k, in_channels, out_channels], k 1 or 3, equalised already.
+      style: [batch, in_channels].
+      up: double the size (transposed convolution and FIR blur).
+      demodulate: divide each output channel by its weight's norm (equation 3).
+
+    Returns:
+      [batch, height, width, out_channels], twice the size with `up`; dtype of `x`.
+    """
+    style = style.astype(jnp.float32)
+    y = x * style[:, None, None, :].astype(x.dtype)
+    y = up_conv2d(y, weight) if up else conv2d(y, weight)
+    if demodulate:
+        energy = jnp.sum(jnp.square(weight.astype(jnp.float32)), (0, 1))
+        scale = lax.rsqrt(jnp.square(style) @ energy + 1e-8)
+        y = y * scale[:, None, None, :].astype(y.dtype)
+    return y
+
+
+def fused_leaky_relu(x: Array, bias: Array) -> Array:
+    """`leaky_relu(x + bias, 0.2) * sqrt(2)`; bias over the last axis."""
+    return jax.nn.leaky_relu(x + bias.astype(x.dtype), 0.2) * jnp.asarray(
+        2**0.5, x.dtype
+    )
