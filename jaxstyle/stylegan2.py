@@ -29,6 +29,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxstyle.errors import UserError
+from jaxstyle.init import Full, Normal, initialize
 from pallas_ops import (
     conv2d,
     downsample_conv2d,
@@ -288,49 +289,37 @@ def synthesis(
     return image, features
 
 
-def init_mapping(key: Array, depth: int, z_dim: int, w_dim: int) -> dict:
+def mapping_shapes(depth: int, z_dim: int, w_dim: int) -> dict:
     """Mapping parameters: weights N(0, 1) / lr_multiplier, biases zero."""
-    keys = jax.random.split(key, depth)
     widths = [z_dim] + [w_dim] * depth
     return {
         f"dense_{i}": {
-            "weight": jax.random.normal(keys[i], (widths[i], widths[i + 1]))
-            / MAPPING_LR_MULTIPLIER,
-            "bias": jnp.zeros(widths[i + 1]),
+            "weight": Normal((widths[i], widths[i + 1]), 1 / MAPPING_LR_MULTIPLIER),
+            "bias": Full((widths[i + 1],)),
         }
         for i in range(depth)
     }
 
 
-def init_synthesis(key: Array, channels: Mapping[int, int], w_dim: int) -> dict:
+def synthesis_shapes(channels: Mapping[int, int], w_dim: int) -> dict:
     """Synthesis parameters: weights N(0, 1), style biases one, the rest zero."""
-    size = max(channels)
-    params = {"const": jax.random.normal(key, (4, 4, channels[4]))}
-    for i, name in enumerate(layer_names(size)):
+    params = {"const": Normal((4, 4, channels[4]))}
+    for name in layer_names(max(channels)):
         r = layer_resolution(name)
         width_in = channels[r // 2] if name.startswith("up") else channels[r]
         rgb = name.startswith("rgb")
         k, width_out = (1, 3) if rgb else (3, channels[r])
-        k1, k2 = jax.random.split(jax.random.fold_in(key, i))
         params[name] = {
-            "weight": jax.random.normal(k1, (k, k, width_in, width_out)),
+            "weight": Normal((k, k, width_in, width_out)),
             "affine": {
-                "weight": jax.random.normal(k2, (w_dim, width_in)),
-                "bias": jnp.ones(width_in),
+                "weight": Normal((w_dim, width_in)),
+                "bias": Full((width_in,), 1.0),
             },
-            "bias": jnp.zeros(width_out),
+            "bias": Full((width_out,)),
         }
         if not rgb:
-            params[name]["noise_strength"] = jnp.zeros(())
+            params[name]["noise_strength"] = Full(())
     return params
-
-
-def init_noise_const(key: Array, size: int) -> dict:
-    """Fixed noise planes, one [r, r] a noisy layer."""
-    return {
-        n: jax.random.normal(jax.random.fold_in(key, i), (layer_resolution(n),) * 2)
-        for i, n in enumerate(noise_names(size))
-    }
 
 
 class Generator(nn.Module):
@@ -384,13 +373,15 @@ class Generator(nn.Module):
         """Fresh parameters: {mapping, synthesis, noise_const, w_avg}."""
         if not 1 <= self.mapping_depth <= 8:
             raise UserError(f"mapping_depth is {self.mapping_depth}; it must be 1 to 8")
-        k1, k2, k3 = jax.random.split(key, 3)
-        return {
-            "mapping": init_mapping(k1, self.mapping_depth, self.z_dim, self.w_dim),
-            "synthesis": init_synthesis(k2, self.channel_table, self.w_dim),
-            "noise_const": init_noise_const(k3, self.size),
-            "w_avg": jnp.zeros(self.w_dim),
+        shapes = {
+            "mapping": mapping_shapes(self.mapping_depth, self.z_dim, self.w_dim),
+            "synthesis": synthesis_shapes(self.channel_table, self.w_dim),
+            "noise_const": {
+                n: Normal((layer_resolution(n),) * 2) for n in noise_names(self.size)
+            },
+            "w_avg": Full((self.w_dim,)),
         }
+        return initialize(shapes, key=key)
 
     def setup(self):
         shapes = jax.eval_shape(lambda: self.init_params(key=jax.random.key(0)))
@@ -678,25 +669,23 @@ class Discriminator(nn.Module):
 
     def init_params(self, *, key: Array) -> dict:
         """Fresh parameters: weights N(0, 1), biases zero."""
-        table, count = self.channel_table, iter(range(1000))
+        table = self.channel_table
 
-        def layer(*shape, bias=True):
-            k = jax.random.fold_in(key, next(count))
-            params = {"weight": jax.random.normal(k, shape)}
-            return params | {"bias": jnp.zeros(shape[-1])} if bias else params
+        def layer(*shape):
+            return {"weight": Normal(shape), "bias": Full(shape[-1:])}
 
-        params = {"from_rgb": layer(1, 1, 3, table[self.size])}
+        shapes = {"from_rgb": layer(1, 1, 3, table[self.size])}
         for r in reversed(resolutions(self.size)[1:]):
             width, below = table[r], table[r // 2]
-            params[f"block_{r}"] = {
+            shapes[f"block_{r}"] = {
                 "conv1": layer(3, 3, width, width),
                 "conv2": layer(3, 3, width, below),
-                "skip": layer(1, 1, width, below, bias=False),
+                "skip": {"weight": Normal((1, 1, width, below))},
             }
-        params["final_conv"] = layer(3, 3, table[4] + 1, table[4])
-        params["dense_0"] = layer(16 * table[4], table[4])
-        params["dense_1"] = layer(table[4], 1)
-        return params
+        shapes["final_conv"] = layer(3, 3, table[4] + 1, table[4])
+        shapes["dense_0"] = layer(16 * table[4], table[4])
+        shapes["dense_1"] = layer(table[4], 1)
+        return initialize(shapes, key=key)
 
     @nn.compact
     def __call__(

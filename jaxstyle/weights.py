@@ -48,7 +48,7 @@ KINDS = {
 
 
 class Networks(Mapping[str, nn.Module]):
-    """Modules by name, as keys and as attributes: `model["generator"]`, `model.generator`."""
+    """Modules by name, as keys and as attributes: `model.generator`."""
 
     def __init__(self, networks: Mapping[str, nn.Module], where: str = "these weights"):
         self._networks = dict(networks)
