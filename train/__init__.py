@@ -1,0 +1,1 @@
+"""Training schemes and the loop they share; see README.md."""

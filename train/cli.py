@@ -1,0 +1,212 @@
+"""Options that every scheme shares, and the start of a command."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from jax.sharding import Mesh
+
+from jaxstyle.errors import UserError
+from train import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The run: where, how long, on what."""
+
+    out: str = ""
+    """Run folder, local or gs://; empty: runs/<scheme>-<reference name>. A folder that
+    holds a checkpoint of the same options is continued."""
+    steps: int = 300
+    """Iterations in all, those of an earlier part of the run included."""
+    batch: int = 1
+    """Global batch, over all devices of all processes."""
+    seed: int = 0
+    """Seed of everything random."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the convolutions; parameters, norms and losses stay float32."""
+    log_every: int = 10
+    """Iterations between lines of metrics.jsonl."""
+    sample_every: int = 100
+    """Iterations between sample grids; 0: only the first and the last."""
+    save_every: int = 500
+    """Iterations between checkpoints; 0: only the last."""
+    keep: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+    require: Literal["any", "cpu", "gpu", "tpu"] = "any"
+    """Stop unless JAX runs on this kind of device."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """Join the other processes of a pod or cluster; auto: when there are signs of one."""
+    mesh_style: int = 1
+    """Devices along the style axis (styles trained at the same time)."""
+    mesh_data: int = 0
+    """Devices along the data axis (parts of the batch); 0: all that are left."""
+    mesh_fsdp: int = 1
+    """Devices along the fsdp axis (batch and weights)."""
+    mesh_space: int = 1
+    """Devices along the space axis (rows of the pictures)."""
+    debug_nans: bool = False
+    """Stop at the operation that makes the first NaN (slow)."""
+    debug_profile: bool = False
+    """Trace iterations 10 to 20 into OUT/profile, for TensorBoard or xprof."""
+
+
+Shared = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
+
+# A run may be continued with other values of these.
+FREE = frozenset(
+    "out steps log_every sample_every save_every keep require distributed mesh_style "
+    "mesh_data mesh_fsdp mesh_space debug_nans debug_profile".split()
+)
+
+
+def parse(
+    options_class: type, description: str | None, args: Sequence[str] | None = None
+):
+    """Command line to the options dataclass of a scheme.
+
+    Args:
+      options_class: frozen dataclass with a field `run` of type `Shared`.
+      description: shown by --help, usually the module's docstring.
+      args: instead of the command line.
+    """
+    options = tyro.cli(options_class, args=args, description=description)
+    run = options.run
+    for name in ("steps", "batch", "log_every"):
+        if getattr(run, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(run, name)}; it must be at least 1")
+    for name in ("sample_every", "save_every", "keep"):
+        if getattr(run, name) < 0:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} is {getattr(run, name)}; it must not be negative"
+            )
+    return options
+
+
+def with_out(options, name: str):
+    """The options with `--out` filled in: `runs/<name>` when it was not given.
+
+    Args:
+      options: of a scheme, with a field `run`.
+      name: `<scheme>-<reference name>`; odd characters become dashes.
+    """
+    if options.run.out:
+        return options
+    folder = "runs/" + re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+    return dataclasses.replace(
+        options, run=dataclasses.replace(options.run, out=folder)
+    )
+
+
+def start(run: RunOptions) -> Mesh:
+    """Join the other processes, check and print devices, and make the mesh.
+
+    Call it before anything else that touches JAX.
+
+    Raises:
+      UserError: another kind of device than required, or an impossible mesh.
+    """
+    join_processes(run.distributed)
+    cache = use_compilation_cache()
+    devices = jax.devices()
+    platform = devices[0].platform
+    if run.require not in ("any", platform):
+        raise UserError(
+            f"--require is {run.require}, but JAX runs on {platform} "
+            f"({len(devices)} devices); install the {run.require} extra "
+            f"(pip install 'jaxstyle[{'cuda' if run.require == 'gpu' else run.require}]')"
+            ", or check the driver"
+        )
+    mesh = sharding.make_mesh(
+        run.mesh_style, run.mesh_data, run.mesh_fsdp, run.mesh_space
+    )
+    if run.debug_nans:
+        jax.config.update("jax_debug_nans", True)
+    if jax.process_index() == 0:
+        processes = jax.process_count()
+        many = f", {processes} processes" if processes > 1 else ""
+        print(
+            f"devices: {len(devices)} × {devices[0].device_kind} ({platform}){many}, "
+            f"memory {memory(devices[0])}"
+        )
+        print(f"mesh: {sharding.describe(mesh.shape)}")
+        if run.mesh_space > 1:
+            print("space > 1: convolutions run through XLA, not through Pallas kernels")
+        print(f"compilation cache: {cache}", flush=True)
+    return mesh
+
+
+def memory(device: jax.Device) -> str:
+    """Memory of one device, or of the host for a CPU."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return f"{stats['bytes_limit'] / 2**30:.1f} GiB each"
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return f"{total / 2**30:.1f} GiB of the host"
+    return "unknown"
+
+
+def use_compilation_cache() -> str:
+    """Keep compiled programs between runs; returns where.
+
+    `JAX_COMPILATION_CACHE_DIR` or `JAXSTYLE_CACHE` say where; else
+    `~/.cache/jaxstyle/xla`.
+    """
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder:
+        default = Path.home() / ".cache" / "jaxstyle" / "xla"
+        folder = os.environ.get("JAXSTYLE_CACHE") or str(default)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
+
+
+def signs_of_a_cluster() -> bool:
+    """Whether the environment looks like one of several processes, or a TPU host."""
+    env = os.environ
+    if any(n in env for n in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES")):
+        return True
+    # Counts of the launched processes; SLURM_NTASKS is also set without a launcher.
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if env.get(name, "1") not in ("", "1"):
+            return True
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def join_processes(distributed: str) -> None:
+    """`jax.distributed.initialize` where it is called for.
+
+    On a Cloud TPU and under SLURM or Open MPI JAX finds the others by itself; elsewhere
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
+
+    Raises:
+      UserError: `on`, or signs of several processes, but no way to join them.
+    """
+    if jax.distributed.is_initialized() or distributed == "off":
+        return
+    if distributed == "auto" and not signs_of_a_cluster():
+        return
+    env = os.environ
+    count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            env.get("JAX_COORDINATOR_ADDRESS"),
+            num_processes=int(count) if count else None,
+            process_id=int(index) if index else None,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"could not join the other processes ({error}); set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass "
+            "--distributed off to run this one alone"
+        ) from error

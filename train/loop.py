@@ -1,0 +1,363 @@
+"""The training loop: resume, step, check, log, sample, save. It knows no loss."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxstyle import weights
+from jaxstyle.errors import UserError
+from train import sharding
+from train.checkpoint import Checkpoints
+from train.cli import FREE
+from train.log import Log, write_json
+from train.optim import path_name
+from train.state import TrainState
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]
+
+
+def fit(
+    options: Any,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    schedule: Sequence[tuple[int, Step]],
+    batches: Any,
+    *,
+    networks: Mapping[str, nn.Module],
+    mesh: Mesh,
+    metadata: Mapping[str, Any] | None = None,
+    sample: Callable[[TrainState, Any], Array] | None = None,
+    identity: Mapping[str, str] | None = None,
+    rules: Sequence[tuple[str, P]] = sharding.RULES,
+) -> TrainState:
+    """Train, from the last checkpoint of the run folder if there is one.
+
+    Args:
+      options: the scheme's options; `options.run` is a RunOptions with `out` set.
+      state: a fresh state; its values are replaced when the run resumes.
+      frozen: parameters that only judge or anchor, by name; an argument of every
+        step, laid out like parameters, never saved.
+      schedule: entries (every, step), run in order in the iterations that `every`
+        divides, the first included; `every` 0 switches an entry off. A step is a
+        pure function (state, frozen, batch) -> (state, metrics); `state.key` is its
+        own key, `state.step` the number of finished iterations.
+      batches: iterator over dicts of this process's rows [local_batch, ...] with
+        `get_state` and `set_state`; None gives the steps an empty dict.
+      networks: modules by name, those of `state.params`, for `config.json`.
+      mesh: of the run; see train.sharding.
+      metadata: kept in `config.json`; "scheme" names the scheme.
+      sample: pure function (state, frozen) -> pictures [n, h, w, 3] or
+        [rows, columns, h, w, 3] in [-1, 1], drawn with keys of its own that do not
+        change from step to step.
+      identity: digests of what the run was given (a reference picture, weights). A
+        folder with others is refused.
+      rules: layouts by path; they must cover everything.
+
+    Returns:
+      The last state, on the mesh.
+
+    Raises:
+      UserError: the folder belongs to another run; a metric or the state is not
+        finite. The last good checkpoint stays.
+      SystemExit: SIGTERM or SIGINT came; the state was saved first.
+    """
+    run = options.run
+    scheme = (metadata or {}).get("scheme", "train")
+    folder = open_folder(options, networks, metadata, identity)
+    layout = sharding.state_shardings(state, mesh, rules)
+    state = sharding.place(state, layout)
+    frozen = dict(frozen)
+    frozen = sharding.place(
+        frozen, sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+    latest: dict[str, float] = {}
+    resumed = checkpoints.latest()
+    if resumed is not None:
+        state, data = checkpoints.restore(resumed, state)
+        latest = data["metrics"]
+        if batches is not None:
+            batches.set_state(data["position"])
+    begin = int(state.step)
+    steps = [
+        (every, _compile(step, i, layout, mesh))
+        for i, (every, step) in enumerate(schedule)
+        if every
+    ]
+    everywhere = sharding.replicated(mesh)
+    advance = jax.jit(lambda s: s + 1, donate_argnums=0, out_shardings=everywhere)
+    finite = jax.jit(_finite, out_shardings=everywhere)
+    draw = sample and jax.jit(sample, out_shardings=everywhere)
+    log = Log(folder, begin, run.steps)
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+        _signals() as caught,
+    ):
+        if resumed is not None:
+            log.say(f"continuing {folder} at step {begin} of {run.steps}")
+        elif draw:
+            log.samples(0, np.asarray(draw(state, frozen)))
+        if begin < run.steps and jax.process_index() == 0:
+            # A run that goes on is not finished.
+            (folder / "summary.json").unlink(missing_ok=True)
+        pending: tuple[int, dict[str, Array]] | None = None
+        for i in range(begin, run.steps):
+            if run.debug_profile and i - begin in (10, 20):
+                _profile(folder, i - begin == 10)
+            batch = {}
+            if batches is not None:
+                batch = sharding.global_batch(next(batches), mesh)
+            metrics: dict[str, Array] = {}
+            for every, step in steps:
+                if i % every == 0:
+                    state, values = step(state, frozen, batch)
+                    metrics |= values
+            state = state.replace(step=advance(state.step))
+            log.advance()
+            # The metrics of the iteration before have arrived; asking for those of
+            # this one would leave the device idle.
+            if pending:
+                latest |= _checked(*pending, checkpoints, folder)
+            pending, done = (i + 1, metrics), i + 1
+            last = done == run.steps
+            logs = last or done % run.log_every == 0
+            saves = last or (run.save_every and done % run.save_every == 0)
+            stop = _stop_everywhere(caught, logs)
+            if logs or saves or stop:
+                latest |= _checked(*pending, checkpoints, folder)
+                pending = None
+            if logs:
+                log.metrics(done, latest)
+            if saves or stop:
+                _check_state(done, state, finite(state), checkpoints, folder)
+                position = None if batches is None else batches.get_state()
+                data = {"position": position, "metrics": latest}
+                checkpoints.save(done, state, data)
+            if draw and (last or (run.sample_every and done % run.sample_every == 0)):
+                log.samples(done, np.asarray(draw(state, frozen)))
+            if stop and not last:
+                checkpoints.wait()
+                name = signal.Signals(caught[0]).name if caught else "a signal"
+                log.say(
+                    f"stopped by {name} at step {done}, saved in {folder}; the same "
+                    f"command continues: {_command()}"
+                )
+                raise SystemExit(128 + caught[0] if caught else 1)
+        checkpoints.wait()
+        summary = {
+            "scheme": scheme,
+            "step": int(state.step),
+            "seconds": round(log.seconds, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "metrics": latest,
+        }
+        if jax.process_index() == 0 and not (folder / "summary.json").exists():
+            write_json(folder / "summary.json", summary)
+        log.say(f"finished step {summary['step']}: {folder}")
+    return state
+
+
+def _compile(step: Step, index: int, layout: Any, mesh: Mesh) -> Step:
+    """One entry of the schedule, jitted, with its own key and fixed layouts."""
+
+    def entry(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
+        inner = state.replace(key=key)
+        if mesh.shape["fsdp"] > 1:
+            # A convolution must see its weight whole, else XLA moves activations.
+            whole = jax.tree.map(
+                lambda x: sharding.constrain(x, *[None] * x.ndim), inner
+            )
+            inner = inner.replace(params=whole.params, ema=whole.ema)
+        new, metrics = step(inner, frozen, batch)
+        return new.replace(key=state.key, step=state.step), metrics
+
+    return jax.jit(
+        entry, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))
+    )
+
+
+def _finite(state: TrainState) -> Array:
+    """Whether each float leaf is finite, [leaves]."""
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for _, x in _float_leaves(state)])
+
+
+def _float_leaves(state: TrainState) -> list[tuple[str, Array]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [
+        (path_name(p), x) for p, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+
+
+def _ways_out(checkpoints: Checkpoints, folder: Any) -> str:
+    checkpoints.wait()
+    step = checkpoints.latest()
+    kept = (
+        "no checkpoint was written yet" if step is None else f"checkpoint {step} stays"
+    )
+    return (
+        f"{kept} in {folder}; use a lower learning rate or a larger batch, and "
+        "--debug-nans to find the operation"
+    )
+
+
+def _checked(
+    step: int, metrics: Mapping[str, Array], checkpoints: Checkpoints, folder: Any
+) -> dict[str, float]:
+    """The metrics as floats; a value that is not finite ends the run."""
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}: " + _ways_out(checkpoints, folder)
+            )
+    return values
+
+
+def _check_state(
+    step: int, state: TrainState, flags: Array, checkpoints: Checkpoints, folder: Any
+) -> None:
+    """Refuse to save a state that is not finite."""
+    for (name, _), good in zip(_float_leaves(state), np.asarray(flags), strict=True):
+        if not good:
+            raise UserError(
+                f"{name} is not finite at step {step}: "
+                + _ways_out(checkpoints, folder)
+            )
+
+
+@contextlib.contextmanager
+def _signals():
+    """Collect SIGTERM and SIGINT in a list; the second SIGINT interrupts at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_everywhere(caught: list[int], agree: bool) -> bool:
+    """Whether to stop; of many processes all or none, asked when `agree`."""
+    if jax.process_count() == 1:
+        return bool(caught)
+    return agree and bool(
+        multihost_utils.process_allgather(np.array(bool(caught))).any()
+    )
+
+
+def _profile(folder: Any, begin: bool) -> None:
+    if begin:
+        jax.profiler.start_trace(os.fspath(folder / "profile"))
+    else:
+        jax.profiler.stop_trace()
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+# The run folder
+
+
+def describe_run(
+    options: Any, metadata: Mapping[str, Any] | None, identity: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What `options.json` holds: scheme, options, digests."""
+    values = json.loads(json.dumps(dataclasses.asdict(options)))
+    return {
+        "scheme": (metadata or {}).get("scheme", "train"),
+        "options": values.pop("run") | values,
+        "identity": dict(identity or {}),
+    }
+
+
+def check_folder(
+    options: Any,
+    metadata: Mapping[str, Any] | None = None,
+    identity: Mapping[str, str] | None = None,
+) -> dict[str, Any] | None:
+    """The `options.json` of the run folder, or None for a new run.
+
+    `fit` calls this; a scheme whose preparation is long may do so before it.
+
+    Raises:
+      UserError: the folder belongs to a run of other options, naming them.
+    """
+    path = epath.Path(options.run.out) / "options.json"
+    if not path.exists():
+        return None
+    old, new = json.loads(path.read_text()), describe_run(options, metadata, identity)
+    differences = []
+    if old["scheme"] != new["scheme"]:
+        differences.append(f"scheme {old['scheme']} → {new['scheme']}")
+    for kind in ("options", "identity"):
+        for name in sorted(old[kind].keys() | new[kind].keys()):
+            was, now = old[kind].get(name), new[kind].get(name)
+            if was == now or (kind == "options" and name in FREE):
+                continue
+            if kind == "options":
+                differences.append(f"--{name.replace('_', '-')} {was!r} → {now!r}")
+            else:
+                differences.append(f"another {name} ({was} → {now})")
+    if differences:
+        raise UserError(
+            f"--out {options.run.out} holds a run that differs: "
+            + "; ".join(differences)
+            + ". Use the former values to continue it, or another --out"
+        )
+    return old
+
+
+def open_folder(
+    options: Any,
+    networks: Mapping[str, nn.Module],
+    metadata: Mapping[str, Any] | None,
+    identity: Mapping[str, str] | None,
+) -> Any:
+    """Make or check the run folder; process 0 writes `options.json`, `config.json`."""
+    if not options.run.out:
+        raise UserError("--out is empty; name a run folder")
+    folder = epath.Path(options.run.out)
+    if "://" not in options.run.out:
+        folder = folder.expanduser().absolute()
+    check_folder(options, metadata, identity)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder checked")
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", weights.config_dict(networks, metadata))
+        write_json(folder / "options.json", describe_run(options, metadata, identity))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder opened")
+    return folder

@@ -1,0 +1,237 @@
+"""One mesh, shardings from rules on parameter paths, and random draws that ignore both.
+
+The mesh has four axes, each of size 1 unless asked for:
+
+| axis    | what is split over it                                                   |
+| ------- | ----------------------------------------------------------------------- |
+| `style` | styles trained at the same time, one set of parameters each             |
+| `data`  | the batch                                                               |
+| `fsdp`  | the batch, and the output channels of weights and their Adam moments    |
+| `space` | rows of the pictures, for one that does not fit on one device           |
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxstyle.errors import UserError
+from train.optim import path_name
+
+AXES = ("style", "data", "fsdp", "space")
+BATCH = ("data", "fsdp")
+
+# The first rule whose pattern is found in the path gives the layout of an array. The
+# paths are those of TrainState (`params/generator/synthesis/conv_4/weight`,
+# `opt_state/generator/0/mu/…`) and of the frozen networks (`frozen/discriminator/…`).
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(affine|dense_\d+)/weight$", P(None, "fsdp")),
+    (r"(conv|up|final_conv|block)\w*(/\w+)?/weight$", P(None, None, None, "fsdp")),
+    (r"", P()),
+)
+
+
+def make_mesh(
+    style: int = 1,
+    data: int = 0,
+    fsdp: int = 1,
+    space: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh of a run.
+
+    Args:
+      style, data, fsdp, space: sizes of the axes; `data` 0 takes all that is left.
+      devices: all of every process when None.
+
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"style": style, "data": data, "fsdp": fsdp, "space": space}
+    for name, size in sizes.items():
+        if size < 1 and not (name == "data" and size == 0):
+            raise UserError(f"--mesh-{name} is {size}; it must be at least 1")
+    fixed = style * fsdp * space
+    if data == 0:
+        if len(devices) % fixed:
+            raise UserError(
+                f"--mesh-style {style} × --mesh-fsdp {fsdp} × --mesh-space {space} = "
+                f"{fixed} does not divide the {len(devices)} devices"
+            )
+        sizes["data"] = len(devices) // fixed
+    count = int(np.prod(list(sizes.values())))
+    # One process may leave devices unused; of many, each must own a part of the mesh.
+    if count > len(devices) or (jax.process_count() > 1 and count != len(devices)):
+        raise UserError(
+            f"the mesh {describe(sizes)} has {count} places for {len(devices)} devices"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        AXES,
+        (AxisType.Auto,) * len(AXES),
+        devices=devices[:count],
+    )
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+    """`style 1 × data 8 × fsdp 1 × space 1`."""
+    return " × ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Refuse a global batch that the mesh cannot split evenly.
+
+    Raises:
+      UserError: naming both numbers.
+    """
+    places = batch_places(mesh)
+    if batch < 1 or batch % places:
+        raise UserError(
+            f"--batch is {batch} over {places} devices of the mesh's data and fsdp "
+            f"axes; the global batch must be a multiple of {places} "
+            f"(use --batch {max(1, round(batch / places)) * places}, or fewer devices "
+            "with --mesh-data)"
+        )
+
+
+def batch_places(mesh: Mesh) -> int:
+    """Number of parts the batch is split into."""
+    return int(np.prod([mesh.shape[a] for a in BATCH]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """A sharding for every leaf of a tree, from the first rule its path matches.
+
+    An axis that does not divide the dimension is left out, so small layers stay whole.
+
+    Raises:
+      UserError: a path that no rule covers, or a rule longer than the array's shape.
+    """
+    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+
+    def assign(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for pattern, spec in compiled:
+            if pattern.search(name):
+                break
+        else:
+            raise UserError(f"no sharding rule covers {name}")
+        shape = np.shape(leaf)
+        if len(spec) > len(shape):
+            raise UserError(
+                f"the rule {pattern.pattern!r} gives {name} the layout {spec}, but its "
+                f"shape is {list(shape)}"
+            )
+        fitting = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(shape, spec, strict=False)
+        ]
+        return NamedSharding(mesh, P(*fitting))
+
+    return jax.tree_util.tree_map_with_path(assign, tree)
+
+
+def state_shardings(
+    state: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
+) -> Any:
+    """Shardings of a TrainState; random keys are replicated."""
+    return shardings(state, mesh, rules)
+
+
+def place(tree: Any, targets: Any) -> Any:
+    """Copies of a tree's arrays, laid out as `targets` says, on every process.
+
+    The values must be equal on all processes; each makes only its own parts. Nothing
+    is shared with the argument, so the result may be donated.
+    """
+
+    def put(leaf: Any, target: NamedSharding) -> Array:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        ):
+            data = put(jax.random.key_data(leaf), replicated(target.mesh))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, target, may_alias=False)
+        host = np.array(leaf)
+        return jax.make_array_from_callback(
+            host.shape, target, lambda i: host[i].copy()
+        )
+
+    return jax.tree.map(put, tree, targets)
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Samples over data and fsdp; of pictures also the rows over space."""
+    return NamedSharding(mesh, P(BATCH, "space") if ndim == 4 else P(BATCH))
+
+
+def process_rows(mesh: Mesh, batch: int) -> slice:
+    """The rows of a global batch that this process has to supply."""
+    check_batch(batch, mesh)
+    sharding = NamedSharding(mesh, P(BATCH))
+    parts = [
+        s[0].indices(batch)[:2]
+        for s in sharding.addressable_devices_indices_map((batch,)).values()
+    ]
+    return slice(min(p[0] for p in parts), max(p[1] for p in parts))
+
+
+def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Global arrays from the rows of this process, [local_batch, ...] each."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(mesh, np.ndim(rows)), np.asarray(rows)
+        )
+        for name, rows in local.items()
+    }
+
+
+# Inside a step
+
+
+def constrain(x: Array, *spec: Any) -> Array:
+    """Split an array over the mesh in use: its samples, or as `spec` says.
+
+    Without a mesh, or where the sizes do not divide, `x` comes back as it is. Drawn
+    samples need this: nothing else tells the compiler to split them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    if not spec:
+        spec = (BATCH, "space") if x.ndim == 4 else (BATCH,)
+    for size, axes in zip(x.shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if size % int(np.prod([mesh.shape.get(a, 1) for a in names])):
+            return x
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def sample_keys(key: Array, batch: int) -> Array:
+    """One key a sample [batch], folded from the sample's global index.
+
+    What is drawn from them depends on `key` and the index alone, never on the batch,
+    the device or the process.
+    """
+    indices = constrain(jnp.arange(batch))
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def sample_normal(key: Array, batch: int, *shape: int) -> Array:
+    """Standard normals [batch, *shape], one key a sample."""
+    keys = sample_keys(key, batch)
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
