@@ -7,6 +7,7 @@ which takes longer than everything else a small model does at start.
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,3 +48,11 @@ def initialize(tree: Any, *, key: Array) -> Any:
         tree, is_leaf=lambda x: isinstance(x, (Normal, Full))
     )
     return jax.tree.unflatten(treedef, _draw(tuple(leaves), key))
+
+
+def module_params(module: nn.Module) -> Any:
+    """A module's parameter tree; its `init_params` fills it under `module.init`."""
+    if module.is_initializing():
+        for name, value in module.init_params(key=module.make_rng("params")).items():
+            module.put_variable("params", name, value)
+    return module.variables["params"]

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxstyle.errors import UserError
-from jaxstyle.init import Full, Normal, initialize
+from jaxstyle.init import Full, Normal, initialize, module_params
 from pallas_ops import (
     conv2d,
     downsample_conv2d,
@@ -384,18 +384,7 @@ class Generator(nn.Module):
         return initialize(shapes, key=key)
 
     def setup(self):
-        shapes = jax.eval_shape(lambda: self.init_params(key=jax.random.key(0)))
-        fresh = None
-
-        def part(name):
-            def init(key):
-                nonlocal fresh
-                fresh = fresh or self.init_params(key=key)
-                return fresh[name]
-
-            return init
-
-        self.params = {name: self.param(name, part(name)) for name in shapes}
+        self.params = module_params(self)
 
     def mapping(self, z: Array) -> Array:
         """z [batch, z_dim] to w [batch, w_dim]."""
@@ -687,7 +676,9 @@ class Discriminator(nn.Module):
         shapes["dense_1"] = layer(table[4], 1)
         return initialize(shapes, key=key)
 
-    @nn.compact
+    def setup(self):
+        self.params = module_params(self)
+
     def __call__(
         self, images: Array, *, taps: int | None = None
     ) -> tuple[Array | None, dict[str, Array]]:
@@ -704,12 +695,7 @@ class Discriminator(nn.Module):
                 f"images have shape {list(images.shape)}; this discriminator takes "
                 f"[batch, {self.size}, {self.size}, 3]"
             )
-        shapes = jax.eval_shape(lambda: self.init_params(key=jax.random.key(0)))
-        params = {
-            name: self.param(name, lambda key, n=name: self.init_params(key=key)[n])
-            for name in shapes
-        }
         logits, features = discriminate(
-            params, images, dtype=jnp.dtype(self.dtype), taps=taps
+            self.params, images, dtype=jnp.dtype(self.dtype), taps=taps
         )
         return logits, {"features": features}

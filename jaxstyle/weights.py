@@ -10,6 +10,7 @@ A training run is a folder of the same kind whose parameters are in its checkpoi
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -194,6 +195,15 @@ def check_params(networks: Mapping[str, nn.Module], params: Any, where: str) -> 
                     f"{key} in the {name} of {where} has shape {list(leaf.shape)}; its "
                     f"config asks for {list(wanted[key].shape)}"
                 )
+
+
+def digest(params: Any) -> str:
+    """Sixteen hex digits that change when any parameter does."""
+    sha = hashlib.sha256()
+    for name, leaf in sorted(_tree_paths(params).items()):
+        sha.update(name.encode())
+        sha.update(np.ascontiguousarray(leaf))
+    return sha.hexdigest()[:16]
 
 
 def save(
