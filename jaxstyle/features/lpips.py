@@ -5,12 +5,16 @@ Metric" (2018), version 0.1: activations of AlexNet or VGG-16 are normalised ove
 their channels, their squared differences weighted by learned heads (eq. 1).
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxstyle.errors import UserError
+from jaxstyle.init import Full, Normal, initialize, module_params
 
 # Mean and deviation of ImageNet's colours for pictures in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -33,118 +37,110 @@ _VGG = tuple(
 )
 TRUNKS = {"alex": _ALEX, "vgg": _VGG}
 SMALLEST = 32
+Params = Mapping[str, Any]
 
 
 class LPIPS(nn.Module):
-    """LPIPS as a module; `apply({"params": p}, a, b)` gives a distance a picture.
+    """LPIPS as a module: `apply({"params": p}, a, b)` gives a distance a picture.
 
     Give the parameters to a jitted function as an argument: closed over, XLA folds
     whole convolutions while it compiles, which takes minutes.
 
     Attributes:
-        net: "alex" (the usual one) or "vgg".
-        dtype: of the convolutions; normalisation and distance are float32.
+      net: `alex` (the usual one) or `vgg`.
+      dtype: of the convolutions; normalisation and distance are float32.
     """
 
     net: str = "alex"
-    dtype: str = "float32"
+    dtype: Any = "float32"
 
-    def __call__(self, a, b):
-        """Distance of `a` and `b` `[batch, height, width, 3]` in [-1, 1]: `[batch]`."""
-        return distance(self.variables["params"], a, b, net=self.net, dtype=self.dtype)
+    def init_params(self, *, key: Array) -> dict:
+        """Random trunk and even heads; real ones ship as `lpips_alexnet`.
 
-    def features(self, images):
-        """Normalised activations, see the function `features`."""
-        params = self.variables["params"]
-        return features(params, images, net=self.net, dtype=self.dtype)
+        Names: `conv_0` .. in order, with `weight` [k, k, in, out] and `bias` [out],
+        and `head_0` .. `head_4` [channels].
+        """
+        shapes, width_in, heads = {}, 3, 0
+        for i, (k, width, _, tapped) in enumerate(_trunk(self.net)):
+            shapes[f"conv_{i}"] = {
+                "weight": Normal(
+                    (k, k, width_in, width), (2 / (k * k * width_in)) ** 0.5
+                ),
+                "bias": Full((width,)),
+            }
+            if tapped:
+                shapes[f"head_{heads}"] = Full((width,), 1 / width)
+                heads += 1
+            width_in = width
+        return initialize(shapes, key=key)
 
-    def feature_distance(self, images, target):
-        """Distance of `images` to what `features` gave for other pictures: `[batch]`.
+    def setup(self):
+        self.params = module_params(self)
+
+    def features(self, images: Array) -> tuple[Array, ...]:
+        """Normalised activations of five layers, see the function `features`."""
+        return features(self.params, images, net=self.net, dtype=self.dtype)
+
+    def feature_distance(self, images: Array, target: Sequence[Array]) -> Array:
+        """Distance [batch] to what `features` gave for target pictures.
 
         A target batch of 1 is compared with every picture.
         """
+        return feature_distance(self.params, self.features(images), target)
+
+    def __call__(self, a: Array, b: Array) -> Array:
+        """Distance [batch] of pictures [batch, height, width, 3] in [-1, 1]."""
+        both = self.features(jnp.concatenate([a, b]))
+        n = a.shape[0]
         return feature_distance(
-            self.variables["params"], self.features(images), target
+            self.params, [f[:n] for f in both], [f[n:] for f in both]
         )
 
-    def init_params(self, *, key):
-        """Random parameters; real ones come with the package ("lpips_alexnet")."""
-        return init_params(key=key, net=self.net)
 
-
-def init_params(*, key, net="alex"):
-    """Random parameters of the trunk and even heads, `{"conv_0": ..., "head_0": ...}`.
-
-    Shapes: weights `[k, k, in, out]`, biases `[out]`, heads `[channels]`.
-    """
-    params, inputs, taps = {}, 3, 0
-    trunk = _trunk(net)
-    for i, (part, (kernel, channels, _, tapped)) in enumerate(
-        zip(jax.random.split(key, len(trunk)), trunk, strict=True)
-    ):
-        shape = (kernel, kernel, inputs, channels)
-        scale = (2 / (kernel * kernel * inputs)) ** 0.5
-        params[f"conv_{i}"] = {
-            "weight": scale * jax.random.normal(part, shape),
-            "bias": jnp.zeros(channels),
-        }
-        if tapped:
-            params[f"head_{taps}"] = jnp.full(channels, 1 / channels)
-            taps += 1
-        inputs = channels
-    return params
-
-
-def features(params, images, *, net="alex", dtype="float32"):
+def features(
+    params: Params, images: Array, *, net: str = "alex", dtype: Any = jnp.float32
+) -> tuple[Array, ...]:
     """Activations of the five tapped layers, each of length 1 over its channels.
 
     Args:
-        params: trunk and heads.
-        images: `[batch, height, width, 3]` in [-1, 1], both sides at least 32.
-        net: "alex" or "vgg".
-        dtype: of the convolutions.
+      params: trunk and heads.
+      images: [batch, height, width, 3] in [-1, 1], both sides at least 32.
+      net: `alex` or `vgg`.
+      dtype: of the convolutions.
 
     Returns:
-        A tuple of five float32 arrays `[batch, height', width', channels]`.
+      Five float32 arrays [batch, height', width', channels].
 
     Raises:
-        UserError: unknown net, or pictures too small or not RGB.
+      UserError: an unknown net, or pictures that are too small or not RGB.
     """
     trunk = _trunk(net)
     if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < SMALLEST:
         raise UserError(
-            f"images: shape {images.shape}; LPIPS takes [batch, height, width, 3] "
-            f"with sides of at least {SMALLEST}; enlarge the pictures first"
+            f"images have shape {list(images.shape[1:])} each; LPIPS takes [height, "
+            f"width, 3] with sides of at least {SMALLEST}: enlarge them first"
         )
     x = (images.astype(jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
     x, out = x.astype(dtype), []
-    for i, (_, _, pool, tapped) in enumerate(trunk):
+    for i, (kernel, _, pool, tapped) in enumerate(trunk):
         layer = params[f"conv_{i}"]
         weight, bias = layer["weight"].astype(dtype), layer["bias"].astype(dtype)
         if pool:
             window = 3 if net == "alex" else 2
             x = nn.max_pool(x, (window, window), strides=(2, 2))
-        convolve = _stem if weight.shape[0] == 11 else _convolve
-        x = jax.nn.relu(convolve(x, weight) + bias)
+        x = jax.nn.relu(_convolve(x, weight, 4 if kernel == 11 else 1) + bias)
         if tapped:
             out.append(_normalise(x.astype(jnp.float32)))
     return tuple(out)
 
 
-def feature_distance(params, a, b):
-    """Distance of two results of `features`: `[batch]`; a batch of 1 broadcasts."""
+def feature_distance(params: Params, a: Sequence[Array], b: Sequence[Array]) -> Array:
+    """Distance [batch] of two results of `features`; a batch of 1 broadcasts."""
     total = 0.0
     for i, (one, other) in enumerate(zip(a, b, strict=True)):
-        squares = jnp.square(one - other).mean(axis=(1, 2))
-        total += squares @ lax.stop_gradient(params[f"head_{i}"]).astype(jnp.float32)
+        squares = jnp.square(one - other).mean((1, 2))
+        total += squares @ lax.stop_gradient(params[f"head_{i}"])
     return total
-
-
-def distance(params, a, b, *, net="alex", dtype="float32"):
-    """LPIPS of `a` and `b` `[batch, height, width, 3]` in [-1, 1]: `[batch]`."""
-    both = features(params, jnp.concatenate([a, b]), net=net, dtype=dtype)
-    count = a.shape[0]
-    return feature_distance(params, [f[:count] for f in both], [f[count:] for f in both])
 
 
 def _trunk(net):
@@ -162,34 +158,9 @@ def _normalise(x):
     return x / (length + 1e-10)
 
 
-def _convolve(x, weight):
+def _convolve(x, weight, stride):
+    # All convolutions keep the size ("same") but AlexNet's first, 11x11 by steps of 4.
+    pad = (2, 2) if stride == 4 else (weight.shape[0] // 2,) * 2
     return lax.conv_general_dilated(
-        x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def _stem(x, weight):
-    """AlexNet's first convolution: 11x11, stride 4, padding 2.
-
-    Written over 4x4 blocks as a 3x3 convolution of stride 1, whose gradient is
-    much faster on a CPU than the one of a strided convolution.
-    """
-    batch, height, width, channels = x.shape
-    rows, columns = (height - 7) // 4 + 3, (width - 7) // 4 + 3
-    x = jnp.pad(
-        x,
-        (
-            (0, 0),
-            (2, 4 * rows - height - 2),
-            (2, 4 * columns - width - 2),
-            (0, 0),
-        ),
-    )
-    x = x.reshape(batch, rows, 4, columns, 4, channels).swapaxes(2, 3)
-    x = x.reshape(batch, rows, columns, 16 * channels)
-    weight = jnp.pad(weight, ((0, 1), (0, 1), (0, 0), (0, 0)))
-    weight = weight.reshape(3, 4, 3, 4, channels, -1).swapaxes(1, 2)
-    weight = weight.reshape(3, 3, 16 * channels, -1)
-    return lax.conv_general_dilated(
-        x, weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, weight, (stride,) * 2, (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
