@@ -42,7 +42,7 @@ class RunOptions:
     require: Literal["any", "cpu", "gpu", "tpu"] = "any"
     """Stop unless JAX runs on this kind of device."""
     distributed: Literal["auto", "on", "off"] = "auto"
-    """Join the other processes of a pod or cluster; auto: when there are signs of one."""
+    """Join the other processes of a pod or cluster; auto: if there are signs of one."""
     mesh_style: int = 1
     """Devices along the style axis (styles trained at the same time)."""
     mesh_data: int = 0
@@ -119,11 +119,11 @@ def start(run: RunOptions) -> Mesh:
     devices = jax.devices()
     platform = devices[0].platform
     if run.require not in ("any", platform):
+        extra = {"gpu": "cuda"}.get(run.require, run.require)
         raise UserError(
             f"--require is {run.require}, but JAX runs on {platform} "
-            f"({len(devices)} devices); install the {run.require} extra "
-            f"(pip install 'jaxstyle[{'cuda' if run.require == 'gpu' else run.require}]')"
-            ", or check the driver"
+            f"({len(devices)} devices); install jaxstyle[{extra}], check the driver, "
+            "or leave --require out"
         )
     mesh = sharding.make_mesh(
         run.mesh_style, run.mesh_data, run.mesh_fsdp, run.mesh_space

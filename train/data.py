@@ -5,6 +5,7 @@ process reads its own rows of each global batch, and the position is one number,
 run resumes at the same picture on any number of processes.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,15 @@ def open_source(data: str, size: int, tfds_folder: str | None = None) -> Sequenc
     if data.endswith(".npy"):
         return ArrayFile(data, size)
     return Folder(data, size)
+
+
+def fingerprint(source: Sequence) -> str:
+    """A digest that changes with the data set: its names, sizes and first picture."""
+    state = hashlib.sha256(str(len(source)).encode())
+    for file in getattr(source, "files", ()):
+        state.update(f"{file.name} {file.stat().st_size}".encode())
+    state.update(np.ascontiguousarray(source[0]).tobytes())
+    return state.hexdigest()[:16]
 
 
 class _Rows(Sequence):

@@ -100,7 +100,7 @@ class Log:
 
         Args:
           step: names the file.
-          images: [n, height, width, 3] or [rows, columns, height, width, 3], in [-1, 1].
+          images: [n, height, width, 3] or [rows, columns, height, width, 3].
         """
         if self._writes:
             columns = images.shape[1] if images.ndim == 5 else None

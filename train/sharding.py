@@ -124,11 +124,10 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> 
 
     def assign(path: Sequence[Any], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        for pattern, spec in compiled:
-            if pattern.search(name):
-                break
-        else:
+        found = next(((p, s) for p, s in compiled if p.search(name)), None)
+        if found is None:
             raise UserError(f"no sharding rule covers {name}")
+        pattern, spec = found
         shape = np.shape(leaf)
         if len(spec) > len(shape):
             raise UserError(
