@@ -392,11 +392,11 @@ class Generator(nn.Module):
 
     def w_layers(self, codes: Array, space: str) -> Array:
         """Codes of any w space as [batch, num_layers, w_dim]."""
-        return self._w_layers(self._check(codes, space), space)
+        return self._w_layers(self.check_codes(codes, space), space)
 
     def styles(self, codes: Any, space: str = "w_plus") -> tuple[Array, ...]:
         """Codes of any space but z as style vectors, one [batch, in] a layer."""
-        codes = self._check(codes, space)
+        codes = self.check_codes(codes, space)
         if space == "styles":
             return tuple(codes)
         return style_vectors(self.params["synthesis"], self._w_layers(codes, space))
@@ -409,7 +409,12 @@ class Generator(nn.Module):
             return codes[:, np.array(style_rows(self.size))]
         return codes
 
-    def _check(self, codes: Any, space: str) -> Any:
+    def check_codes(self, codes: Any, space: str) -> Any:
+        """The codes, unchanged.
+
+        Raises:
+          UserError: an unknown space, or a shape this generator does not take.
+        """
         rows = {
             "z": (self.z_dim,),
             "w": (self.w_dim,),
@@ -469,7 +474,7 @@ class Generator(nn.Module):
         Raises:
           UserError: a code of another shape, an unknown space or noise.
         """
-        codes = self._check(codes, space)
+        codes = self.check_codes(codes, space)
         out: dict[str, Any] = {}
 
         def to_w(c):
@@ -480,7 +485,7 @@ class Generator(nn.Module):
             shape = (out["w"].shape[0], self.num_ws, self.w_dim)
             out["w_plus"] = jnp.broadcast_to(out["w"][:, None], shape)
             if mix_codes is not None:
-                second = to_w(self._check(mix_codes, space))[:, None]
+                second = to_w(self.check_codes(mix_codes, space))[:, None]
                 rows = jnp.arange(self.num_ws)[None] < jnp.reshape(mix_from, (-1, 1))
                 out["w_plus"] = jnp.where(rows[..., None], out["w_plus"], second)
         elif space == "w_plus":
