@@ -264,6 +264,8 @@ def checkpoint_steps(path: Any) -> list[int]:
 
 def _restore(folder: Any) -> Any:
     # Restored as numpy on the host: the saving run's devices need not exist here.
+    # Orbax finds nothing under a relative path.
+    folder = folder if "://" in os.fspath(folder) else folder.absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
         structure = checkpointer.metadata(folder).item_metadata.tree
         args = jax.tree.map(
