@@ -83,12 +83,11 @@ def fit(
     run = options.run
     scheme = (metadata or {}).get("scheme", "train")
     folder = open_folder(options, networks, metadata, identity)
-    layout = sharding.state_shardings(state, mesh, rules)
+    layout = sharding.shardings(state, mesh, rules)
     state = sharding.place(state, layout)
     frozen = dict(frozen)
-    frozen = sharding.place(
-        frozen, sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
-    )
+    frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
+    frozen = sharding.place(frozen, frozen_layout)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep)
     latest: dict[str, float] = {}
     resumed = checkpoints.latest()
@@ -99,7 +98,7 @@ def fit(
             batches.set_state(data["position"])
     begin = int(state.step)
     steps = [
-        (every, _compile(step, i, layout, mesh))
+        (every, _compile(step, i, layout, frozen_layout, mesh))
         for i, (every, step) in enumerate(schedule)
         if every
     ]
@@ -178,7 +177,9 @@ def fit(
     return state
 
 
-def _compile(step: Step, index: int, layout: Any, mesh: Mesh) -> Step:
+def _compile(
+    step: Step, index: int, layout: Any, frozen_layout: Any, mesh: Mesh
+) -> Step:
     """One entry of the schedule, jitted, with its own key and fixed layouts."""
 
     def entry(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
@@ -186,10 +187,11 @@ def _compile(step: Step, index: int, layout: Any, mesh: Mesh) -> Step:
         inner = state.replace(key=key)
         if mesh.shape["fsdp"] > 1:
             # A convolution must see its weight whole, else XLA moves activations.
-            whole = jax.tree.map(
-                lambda x: sharding.constrain(x, *[None] * x.ndim), inner
+            inner = inner.replace(
+                params=sharding.gathered(state.params, layout.params),
+                ema=sharding.gathered(state.ema, layout.ema),
             )
-            inner = inner.replace(params=whole.params, ema=whole.ema)
+            frozen = sharding.gathered(frozen, frozen_layout)
         new, metrics = step(inner, frozen, batch)
         return new.replace(key=state.key, step=state.step), metrics
 

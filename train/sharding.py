@@ -143,13 +143,6 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> 
     return jax.tree_util.tree_map_with_path(assign, tree)
 
 
-def state_shardings(
-    state: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
-) -> Any:
-    """Shardings of a TrainState; random keys are replicated."""
-    return shardings(state, mesh, rules)
-
-
 def place(tree: Any, targets: Any) -> Any:
     """Copies of a tree's arrays, laid out as `targets` says, on every process.
 
@@ -200,6 +193,16 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array
 
 
 # Inside a step
+
+
+def gathered(tree: Any, layout: Any) -> Any:
+    """Arrays of a layout put together along fsdp; other axes stay as they are."""
+
+    def gather(x: Array, sharding: NamedSharding) -> Array:
+        spec = P(*(None if axis == "fsdp" else axis for axis in sharding.spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(gather, tree, layout)
 
 
 def constrain(x: Array, *spec: Any) -> Array:
