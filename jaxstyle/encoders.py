@@ -244,7 +244,9 @@ def map_to_styles(params: list[Params], x: Array) -> Array:
     """The map2style heads of rows that read the same map.
 
     Each head is a chain of 3×3 convolutions of stride 2 down to one pixel, with
-    leaky ReLU (slope 0.01), and an equalised linear layer.
+    leaky ReLU (slope 0.01), and an equalised linear layer. The first convolutions,
+    most of the work, run as one over all heads: on two CPU cores the eleven fine rows
+    take half the time of separate ones (grouped ones later on would take four times).
 
     Args:
       params: one dict a row, `conv_0` .. and `dense`.
@@ -253,13 +255,20 @@ def map_to_styles(params: list[Params], x: Array) -> Array:
     Returns:
       [batch, rows, w_dim], float32.
     """
+
+    def layer(x, weight, bias):
+        return jax.nn.leaky_relu(conv(x, weight, stride=2) + bias.astype(x.dtype), 0.01)
+
+    first = [
+        jnp.concatenate([p["conv_0"][k] for p in params], -1)
+        for k in ("weight", "bias")
+    ]
     rows = []
-    for head in params:
-        y = x
-        for i in range(len(head) - 1):
-            layer = head[f"conv_{i}"]
-            y = conv(y, layer["weight"], stride=2) + layer["bias"].astype(y.dtype)
-            y = jax.nn.leaky_relu(y, 0.01)
+    for head, y in zip(
+        params, jnp.split(layer(x, *first), len(params), -1), strict=True
+    ):
+        for i in range(1, len(head) - 1):
+            y = layer(y, **head[f"conv_{i}"])
         rows.append(equal_dense(head["dense"], y[:, 0, 0].astype(jnp.float32)))
     return jnp.stack(rows, 1)
 
