@@ -372,9 +372,16 @@ def _zip_parts(value: Any) -> Iterator[tuple[str, Any]]:
     yield "archive/version", b"3\n"
 
 
-def legacy_parts(value: Any) -> Iterator[bytes]:
-    """The pieces of a file in the stream format."""
+def legacy_parts(value: Any, *, storage_only: bool = False) -> Iterator[bytes]:
+    """The pieces of a file in the stream format.
+
+    Args:
+      value: as for `write`.
+      storage_only: of a single array, its storage as the object, as in NVIDIA's files.
+    """
     described, arrays = with_tensors(value, (None,))
+    if storage_only:
+        described = described.arguments[0]
     system = {
         "protocol_version": PROTOCOL,
         "little_endian": True,

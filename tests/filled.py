@@ -15,6 +15,10 @@ import zlib
 
 import numpy as np
 
+import convert
+from convert import pickles, pt
+from convert.pickles import Call, Global
+
 PREFIX = "golden-v1"
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -106,3 +110,90 @@ def relative_error(actual, expected):
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+# Files as the original projects write them, and what our converter makes of them
+
+
+def write_rosinality(path, *, legacy=False, **entries):
+    """A rosinality, JoJoGAN or StyleGAN-NADA file: `g_ema=`, `g=`, `d=` .. ."""
+    pt.write(path, entries, legacy=legacy)
+    return path
+
+
+def write_psp(path, encoder, *, decoder=None, latent_avg=None, legacy=False, **more):
+    """A pSp or e4e file; `more` are further entries such as `opts=`."""
+    state = {f"encoder.{k}": v for k, v in encoder.items()}
+    state |= {f"decoder.{k}": v for k, v in (decoder or {}).items()}
+    more = {"opts": {}} | more
+    if latent_avg is not None:
+        more["latent_avg"] = latent_avg
+    pt.write(path, {"state_dict": state} | more, legacy=legacy)
+    return path
+
+
+def write_nvidia(path, source="raise SystemExit", attributes=(), **networks):
+    """An NVIDIA snapshot: `G_ema=`, `D=` .. , each a state dict with NVIDIA's names.
+
+    Args:
+      path: the file.
+      source: the Python source every module carries; a reader must not run it.
+      attributes: plain attributes of every module, e.g. {"conv_clamp": 256}.
+      networks: state dicts by name.
+    """
+    names = {"D": "Discriminator"}
+    snapshot = {
+        key: _nvidia_module(names.get(key, "Generator"), state, source, attributes)
+        for key, state in networks.items()
+    }
+    snapshot |= {"training_set_kwargs": {"path": "ffhq.zip"}, "augment_pipe": None}
+    pathlib.Path(path).write_bytes(pickles.dump(snapshot))
+    return path
+
+
+def _nvidia_module(name, state, source, attributes):
+    ordered = Global("collections", "OrderedDict")
+    parts, arrays = {}, {}
+    for key, value in state.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            parts.setdefault(head, {})[rest] = value
+        else:
+            arrays[head] = _nvidia_tensor(value)
+    scalar = Call(
+        Global("numpy.core.multiarray", "scalar"),
+        (Call(Global("numpy", "dtype"), ("f8", False, True)), bytes(8)),
+    )
+    meta = {
+        "type": "class",
+        "version": 6,
+        "module_src": source,
+        "class_name": name,
+        "state": {
+            "training": False,
+            "_parameters": {k: v for k, v in arrays.items() if "_" not in k},
+            "_buffers": {k: v for k, v in arrays.items() if "_" in k},
+            "_backward_hooks": Call(ordered, ()),
+            "_modules": {
+                k: _nvidia_module("Layer", v, source, {}) for k, v in parts.items()
+            },
+            "_init_kwargs": Call(Global("dnnlib.util", "EasyDict"), ()),
+            "weight_gain": scalar,
+            **dict(attributes),
+        },
+    }
+    rebuild = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
+    return Call(rebuild, (meta,))
+
+
+def _nvidia_tensor(array):
+    """A tensor whose storage is a torch file of its own, as bytes."""
+    described, _ = pt.with_tensors(np.asarray(array))
+    storage, *arguments = described.arguments
+    parts = pt.legacy_parts(np.asarray(array), storage_only=True)
+    load = Global("torch.storage", "_load_from_bytes")
+    arguments = (Call(load, (b"".join(parts),)), *arguments)
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    tensor = Call(described.function, arguments)
+    parameter = Global("torch._utils", "_rebuild_parameter")
+    return Call(parameter, (tensor, True, hooks))

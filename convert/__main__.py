@@ -1,0 +1,102 @@
+"""`python -m convert FILE OUT`: original weights to a network folder, and back."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+import convert
+from convert import pt
+from jaxstyle import weights
+from jaxstyle.errors import UserError, cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Read weights of the original projects, or write ours back for them.
+
+    FILE may be a .pt or .pth file of rosinality's StyleGAN2, JoJoGAN, StyleGAN-NADA,
+    pSp or e4e, inverted codes, an editing direction, or a .pkl of NVIDIA's
+    stylegan2-ada-pytorch. No code in it is ever run.
+    """
+
+    file: tyro.conf.Positional[str]
+    """File to read; with --to pt, a network folder or run of ours."""
+    out: tyro.conf.Positional[str | None] = None
+    """Network folder to write; a .npz file for codes and directions; a .pt file."""
+    check: bool = False
+    """Only list what the file holds; write nothing."""
+    to: Literal["folder", "pt"] = "folder"
+    """`pt` writes a folder of ours in the original layout."""
+    kind: Literal["psp", "e4e"] | None = None
+    """For an encoder whose file does not say which it is."""
+    legacy: bool = False
+    """With --to pt: the stream format of torch before 1.6."""
+    force: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
+    """Replace OUT if it exists."""
+
+
+@cli
+def main(arguments: list[str] | None = None) -> None:
+    """Command line entry."""
+    options = tyro.cli(Options, args=arguments, prog="python -m convert")
+    if options.out is None and not options.check:
+        raise UserError("OUT is missing: where to write, or --check to only list")
+    if options.out and os.path.exists(options.out) and not options.force:
+        raise UserError(f"{options.out} exists already; --force replaces it")
+    if options.to == "pt":
+        return _to_pt(options)
+    networks, params, report = convert.load(options.file, kind=options.kind)
+    print(*report.lines(), sep="\n")
+    if options.check:
+        return None
+    if networks:
+        weights.save(
+            options.out,
+            networks,
+            params,
+            metadata=report.metadata(),
+            overwrite=options.force,
+        )
+        out = options.out
+    else:
+        out = _save_arrays(options, params)
+    print(f"wrote {out}")
+    return None
+
+
+def _save_arrays(options: Options, arrays: dict) -> str:
+    """Codes or a direction as .npz."""
+    out = options.out if options.out.endswith(".npz") else f"{options.out}.npz"
+    if os.path.exists(out) and not options.force:
+        raise UserError(f"{out} exists already; --force replaces it")
+    folder, name = os.path.split(os.path.abspath(out))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return out
+
+
+def _to_pt(options: Options) -> None:
+    networks, params = weights.load(options.file)
+    value = convert.to_pt(networks, params)
+    for key, part in value.items():
+        print(f"  {key}: {len(part)} arrays" if isinstance(part, dict) else f"  {key}")
+    if not options.check:
+        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+        pt.write(options.out, value, legacy=options.legacy)
+        print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Names of pSp's and e4e's encoders and e4e's latent discriminator.
+
+pSp's and e4e's pyramid encoders have the same keys and differ in how they are read;
+only the file's options tell them apart.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.layouts import Table, check_keys, highest, shape, to_params, to_state
+from convert.report import Report
+from convert.stylegan2 import without
+from jaxstyle.encoders import (
+    BackboneWEncoder,
+    BackboneWPlusEncoder,
+    Encoder4Editing,
+    GradualStyleEncoder,
+    LatentDiscriminator,
+)
+from jaxstyle.errors import UserError
+
+Encoder = (
+    GradualStyleEncoder | Encoder4Editing | BackboneWEncoder | BackboneWPlusEncoder
+)
+
+
+def _norm(table: Table, key: str, path: tuple[str, ...]) -> None:
+    for theirs, ours in (
+        ("weight", "scale"),
+        ("bias", "bias"),
+        ("running_mean", "mean"),
+        ("running_var", "var"),
+    ):
+        table[f"{key}.{theirs}"] = (*path, ours), "vector"
+
+
+def _layer(table: Table, key: str, path: tuple[str, ...], layout: str) -> None:
+    table[f"{key}.weight"] = (*path, "weight"), layout
+    table[f"{key}.bias"] = (*path, "bias"), "vector"
+
+
+def encoder_table(
+    units: tuple[int, ...], shortcuts: set[int], head_convs: list[int], laterals: int
+) -> Table:
+    """Names of an encoder.
+
+    Args:
+      units: residual blocks in each stage.
+      shortcuts: blocks whose shortcut is a convolution.
+      head_convs: convolutions of each row's head; empty for the W baselines.
+      laterals: maps that join the pyramid from below.
+    """
+    table: Table = {"input_layer.0.weight": (("input", "conv"), "conv")}
+    _norm(table, "input_layer.1", ("input", "norm"))
+    table["input_layer.2.weight"] = ("input", "slope"), "vector"
+    for i in range(sum(units)):
+        key, name = f"body.{i}.res_layer", f"body_{i}"
+        _norm(table, f"{key}.0", (name, "norm1"))
+        table[f"{key}.1.weight"] = (name, "conv1"), "conv"
+        table[f"{key}.2.weight"] = (name, "slope"), "vector"
+        table[f"{key}.3.weight"] = (name, "conv2"), "conv"
+        _norm(table, f"{key}.4", (name, "norm2"))
+        table[f"{key}.5.fc1.weight"] = (name, "se", "down"), "dense_1x1"
+        table[f"{key}.5.fc2.weight"] = (name, "se", "up"), "dense_1x1"
+        if i in shortcuts:
+            shortcut = f"body.{i}.shortcut_layer"
+            table[f"{shortcut}.0.weight"] = (name, "shortcut", "conv"), "conv"
+            _norm(table, f"{shortcut}.1", (name, "shortcut", "norm"))
+    for k in range(1, laterals + 1):
+        _layer(table, f"latlayer{k}", (f"lateral_{k}",), "conv")
+    for row, convs in enumerate(head_convs):
+        for i in range(convs):
+            key = f"styles.{row}.convs.{2 * i}"
+            _layer(table, key, (f"style_{row}", f"conv_{i}"), "conv")
+        _layer(table, f"styles.{row}.linear", (f"style_{row}", "dense"), "dense")
+    return table
+
+
+def is_encoder(state: Mapping[str, Any]) -> bool:
+    """Whether a bare state dict is that of an encoder."""
+    return "input_layer.0.weight" in state and (
+        "styles.0.linear.weight" in state or "linear.weight" in state
+    )
+
+
+def encoder(
+    state: Mapping[str, Any],
+    kind: str,
+    num_styles: int,
+    start_from_w_avg: bool,
+    report: Report,
+) -> tuple[Encoder, dict[str, Any]]:
+    """Architecture and parameters of an encoder, without its `w_avg`.
+
+    Args:
+      state: the part of the file that begins with `encoder.`, without that word.
+      kind: `psp` or `e4e`, for the pyramid encoders.
+      num_styles: rows for the W baseline, whose shapes do not tell.
+      start_from_w_avg: whether its codes are offsets from the average.
+      report: what happened.
+    """
+    state = without(state, r"num_batches_tracked$", "counters of batches", report)
+    if any(re.match(r"output_layer\.", k) for k in state):
+        raise UserError("it is an ArcFace backbone, not an encoder")
+    blocks = highest(state, r"body\.(\d+)\.") + 1
+    shortcuts = {
+        i for i in range(blocks) if f"body.{i}.shortcut_layer.0.weight" in state
+    }
+    starts = sorted({0} | shortcuts)
+    units = tuple(np.diff([*starts, blocks]).tolist())
+    rows = highest(state, r"styles\.(\d+)\.") + 1
+    convs = [
+        highest(state, rf"styles\.{row}\.convs\.(\d+)\.") // 2 + 1
+        for row in range(rows)
+    ]
+    laterals = highest(state, r"latlayer(\d+)\.")
+    table = encoder_table(units, shortcuts, convs, max(laterals, 0))
+    if not rows:
+        _layer(table, "linear", ("dense",), "dense")
+    naive = any(k.startswith("output_layer_2.") for k in state)
+    if naive:
+        _norm(table, "output_layer_2.0", ("norm",))
+        _layer(table, "output_layer_2.3", ("hidden",), "flat_7")
+    check_keys(state, table, "encoder")
+
+    first = shape(state, "input_layer.0.weight", 4)
+    if rows and laterals < 0:
+        raise UserError(
+            f"it is a ReStyle encoder ({first[1]} input channels, no pyramid), which "
+            "this version does not run"
+        )
+    channels = tuple(shape(state, f"body.{i}.res_layer.3.weight", 4)[0] for i in starts)
+    squeezed = shape(state, "body.0.res_layer.5.fc1.weight", 4)
+    fields = {
+        "in_channels": first[1],
+        "units": units,
+        "channels": channels,
+        "se_ratio": squeezed[1] // squeezed[0],
+        "start_from_w_avg": start_from_w_avg,
+    }
+    if rows:
+        fields |= _pyramid(state, convs, laterals, len(units))
+        module = (Encoder4Editing if kind == "e4e" else GradualStyleEncoder)(**fields)
+        name = "e4e" if kind == "e4e" else "pSp"
+    elif naive:
+        width = shape(state, "linear.weight", 2)
+        module = BackboneWPlusEncoder(
+            num_styles=width[0] // width[1], w_dim=width[1], **fields
+        )
+        name = "W+ baseline"
+    else:
+        width = shape(state, "linear.weight", 2)[0]
+        module = BackboneWEncoder(num_styles=num_styles, w_dim=width, **fields)
+        name = "W baseline"
+    params = to_params(state, table, "encoder")
+    report.read.append(
+        f"encoder: {name}, {module.num_styles} styles, {module.in_channels} input "
+        f"channels, {blocks} residual blocks"
+    )
+    return module, params
+
+
+def _pyramid(state, convs, laterals, stages):
+    """Fields that the heads tell: rows, picture size, where the levels begin."""
+    width = shape(state, "styles.0.linear.weight", 2)[0]
+    begin = [
+        next((i for i, n in enumerate(convs) if n == convs[0] + k), None)
+        for k in range(1, laterals + 1)
+    ]
+    # A pyramid with few rows does not reach its finer maps.
+    unread = [b for b in begin if b is None]
+    default = GradualStyleEncoder.level_rows
+    if unread and len(default) != laterals:
+        raise UserError(f"the encoder's {len(convs)} heads do not fit its laterals")
+    rows = tuple(d if b is None else b for b, d in zip(begin, default, strict=False))
+    return {
+        "num_styles": len(convs),
+        "w_dim": width,
+        "size": (1 << convs[0]) << stages,
+        "level_rows": rows,
+    }
+
+
+def latent_discriminator(
+    state: Mapping[str, Any], report: Report
+) -> tuple[LatentDiscriminator, dict[str, Any]]:
+    """e4e's latent discriminator."""
+    depth = highest(state, r"mlp\.(\d+)\.") // 2 + 1
+    table = latent_discriminator_table(depth)
+    check_keys(state, table, "latent discriminator")
+    width = shape(state, "mlp.0.weight", 2)[1]
+    params = to_params(state, table, "latent discriminator")
+    report.read.append(f"latent discriminator: {depth} layers")
+    return LatentDiscriminator(w_dim=width, depth=depth), params
+
+
+def latent_discriminator_table(depth: int) -> Table:
+    """Names of e4e's latent discriminator."""
+    table: Table = {}
+    for i in range(depth):
+        _layer(table, f"mlp.{2 * i}", (f"dense_{i}",), "dense")
+    return table
+
+
+def encoder_state(module: Encoder, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The official state dict of our encoder, counters of batches included."""
+    blocks = [n for n in params if n.startswith("body_")]
+    shortcuts = {int(n[5:]) for n in blocks if "shortcut" in params[n]}
+    heads = [
+        sum(n.startswith("conv_") for n in params[f"style_{row}"])
+        for row in range(module.num_styles if "style_0" in params else 0)
+    ]
+    laterals = sum(n.startswith("lateral_") for n in params)
+    table = encoder_table(module.units, shortcuts, heads, laterals)
+    if "dense" in params:
+        _layer(table, "linear", ("dense",), "dense")
+    if "norm" in params:
+        _norm(table, "output_layer_2.0", ("norm",))
+        _layer(table, "output_layer_2.3", ("hidden",), "flat_7")
+        if module.pool != 7:
+            raise UserError(
+                f"the encoder pools to {module.pool} pixels, PyTorch's to 7"
+            )
+    state = to_state(params, table)
+    for key in [k for k in state if k.endswith(".running_mean")]:
+        counter = key.replace("running_mean", "num_batches_tracked")
+        state[counter] = np.array(0, np.int64)
+    return state
+
+
+def latent_discriminator_state(
+    module: LatentDiscriminator, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The official state dict of our latent discriminator."""
+    return to_state(params, latent_discriminator_table(module.depth))
+
+
+def official_type(module: Encoder) -> str:
+    """The option `encoder_type` that pSp and e4e give such an encoder."""
+    return {
+        "GradualStyleEncoder": "GradualStyleEncoder",
+        "Encoder4Editing": "Encoder4Editing",
+        "BackboneWEncoder": "BackboneEncoderUsingLastLayerIntoW",
+        "BackboneWPlusEncoder": "BackboneEncoderUsingLastLayerIntoWPlus",
+    }[type(module).__name__]
