@@ -15,7 +15,6 @@ import zlib
 
 import numpy as np
 
-import convert
 from convert import pickles, pt
 from convert.pickles import Call, Global
 
