@@ -59,10 +59,13 @@ def parse_mask(text: str, size: int, argument: str = "mask") -> np.ndarray:
     if text in names:
         return names[text]
     count = len(layer_names(size))
-    if len(text) == count and set(text) <= {"0", "1"}:
+    bits = set(text) <= {"0", "1"}
+    if len(text) == count and bits:
         return np.array([float(bit) for bit in text], np.float32)
     mask = np.zeros(count, np.float32)
     try:
+        if len(text) > 2 and bits:
+            raise ValueError
         for part in text.split(","):
             first, _, last = part.partition("-")
             low, high = int(first), int(last or first)

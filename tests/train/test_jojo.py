@@ -1,0 +1,303 @@
+"""JoJoGAN's step: against the original, across devices, and what its options mean."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import convert
+from convert import pt
+from convert.stylegan2 import generator_state
+from jaxstyle.errors import UserError
+from jaxstyle.stylegan2 import Discriminator, Generator, style_rows
+from tests.filled import (
+    filled_state_dict,
+    golden,
+    input_array,
+    nhwc,
+    picture,
+    relative_error,
+)
+from train import jojo, optim
+from train.cli import RunOptions
+from train.sharding import make_mesh
+
+
+def optimizer(options):
+    return optim.frozen(optim.adam(options.lr), jojo.NOT_TRAINED)
+
+
+# Parity
+
+
+@pytest.fixture(scope="module")
+def original(request, tmp_path_factory):
+    """Networks of a size, through a file and convert."""
+    size = request.param
+    path = tmp_path_factory.mktemp("original") / "base.pt"
+    content = {
+        "g_ema": filled_state_dict(f"stylegan2_g_{size}"),
+        "d": filled_state_dict(f"stylegan2_d_{size}"),
+        "latent_avg": golden(f"stylegan2_g_{size}")["w_mean"][0],
+    }
+    pt.write(path, content)
+    networks, params, _ = convert.load(path)
+    path.unlink()
+    return size, networks, params
+
+
+def parity(original, run, steps):
+    """One golden run; its losses, gradients and changes within the README's bounds."""
+    size, networks, params = original
+    generator, judge = networks["generator"], networks["discriminator"]
+    data = golden(f"jojogan_{size}")
+    config = json.loads(str(data[f"{run}/config"]))
+    count = config["batch"]
+    options = jojo.Options(
+        ref=(Path("r"),) * count,
+        alpha=config["ui_alpha"],
+        preserve_color=run == "ft_color",
+        noise_mode="const",
+    )
+    keep = jojo.keep_weights(options, size)
+    mixed = np.unique(np.array(style_rows(size))[keep < 1])
+    assert mixed.tolist() == config["id_swap"]
+
+    rows = np.array(style_rows(size))
+    target = picture("target", count, size)
+    reference = {
+        "codes": input_array("latents", (count, generator.num_ws, 512))[:, rows],
+        "features": jojo.describe(options, judge, params["discriminator"], target),
+    }
+    frozen = {"judge": params["discriminator"]}
+    grad = jax.jit(
+        jax.value_and_grad(
+            lambda p, f, r, z: jojo.loss_fn(
+                p,
+                f,
+                r,
+                z,
+                options=options,
+                generator=generator,
+                judge=judge,
+                keep=keep,
+                noise="const",
+            )
+        )
+    )
+    tx = optimizer(options)
+    start = current = params["generator"]
+    opt_state = tx.init(start)
+    update = jax.jit(lambda g, s, p: optim.apply(tx, g, s, p))
+    for i in range(steps):
+        z = input_array(f"finetune_z_{i}", (count, 512))
+        loss, grads = grad(current, frozen, reference, z)
+        expected = data[f"{run}/loss"][i]
+        assert abs(loss - expected) < (2e-5 if i == 0 else 1e-3) * expected
+        current, opt_state = update(grads, opt_state, current)
+        if i == 0:
+            state = generator_state(generator, grads)
+            norms = [np.linalg.norm(state[k]) for k in data[f"{run}/grad_keys"]]
+            assert relative_error(norms, data[f"{run}/grad_norm"]) < 2e-3
+            after = generator_state(generator, current)
+            before = generator_state(generator, start)
+            keys = data[f"{run}/keys"]
+            change = [np.linalg.norm(after[k] - before[k]) for k in keys]
+            assert relative_error(change, data[f"{run}/delta_1"]) < 2e-3
+            assert not any(np.any(after[k] != before[k]) for k in keys if "style" in k)
+    return generator, current, data
+
+
+@pytest.mark.parametrize("original", [64], indirect=True)
+def test_discriminator_features_equal_the_original(original):
+    size, networks, params = original
+    options = jojo.Options(ref=(Path("r"),))
+    judge, judge_params = networks["discriminator"], params["discriminator"]
+    data = golden(f"jojogan_{size}")
+    a, b = (
+        jojo.describe(options, judge, judge_params, picture(name, 1, size))
+        for name in ("imgA", "imgB")
+    )
+    assert [list(np.moveaxis(f, -1, 1).shape[1:]) for f in a] == [
+        list(s)[-3:] for s in data["feat_shapes"]
+    ]
+    loss = jojo.distances(options, judge_params, a, b)[0]
+    assert relative_error(loss, data["loss_AB"]) < 2e-5
+    per_tap = [jnp.mean(jnp.abs(x - y)) for x, y in zip(a, b, strict=True)]
+    assert relative_error(per_tap, data["l1_per_layer"]) < 2e-5
+
+
+@pytest.mark.parametrize("original", [64], indirect=True)
+@pytest.mark.parametrize("run", ["ft", "ft_two_refs", "ft_alpha06"])
+def test_first_step_equals_the_original(original, run):
+    parity(original, run, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("original", [64, 256], indirect=True)
+def test_five_steps_equal_the_original(original):
+    generator, params, data = parity(original, "ft", 5)
+    code = input_array("my_w", (1, generator.num_ws, 512))
+    image, _ = generator.apply({"params": params}, code, space="w_plus")
+    if generator.size == 64:
+        expected = nhwc(data["ft/stylized"])
+    else:
+        factor = generator.size // 64
+        image = image.reshape(1, 64, factor, 64, factor, 3).mean((2, 4))
+        expected = nhwc(data["ft/stylized/area64"])
+    assert np.abs(image - expected).max() < 1e-2 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("original", [1024], indirect=True)
+@pytest.mark.parametrize(("run", "steps"), [("ft", 2), ("ft_color", 1)])
+def test_1024_equals_the_original(original, run, steps):
+    parity(original, run, steps)
+
+
+# The step on small networks
+
+
+GENERATOR = Generator(8, channels=(8, 8), mapping_depth=1, z_dim=16, w_dim=16)
+JUDGE = Discriminator(8, channels=(8, 8))
+# Of the five layers at 8 px the published rows would keep all.
+MASK = "11000"
+
+
+def small_run(
+    *, devices=1, style=1, steps=1, refs=1, seed=0, dtype="float32", **fields
+):
+    """Run the step on random networks; returns the state and the metrics."""
+    options = jojo.Options(
+        ref=tuple(Path(f"{i}.png") for i in range(refs)),
+        run=RunOptions(seed=seed, dtype=dtype),
+    )
+    options = dataclasses.replace(options, **{"mask": MASK} | fields)
+    generator, judge_net = GENERATOR.clone(dtype=dtype), JUDGE.clone(dtype=dtype)
+    base = GENERATOR.init_params(key=jax.random.key(1))
+    judge = JUDGE.init_params(key=jax.random.key(2))
+    keep = jojo.keep_weights(options, 8)
+    key = jax.random.key(3)
+    pictures = jnp.tanh(jax.random.normal(key, (refs, 8, 8, 3)))
+    codes = jax.random.normal(key, (refs, len(GENERATOR.layer_names), 16))
+    frozen = jojo.frozen_of(options, generator, base, judge_net, judge, pictures, codes)
+    tx = optimizer(options)
+    state = jojo.start_state(options, base, tx)
+    step = jojo.make_step(options, generator, judge_net, tx, keep)
+    mesh = make_mesh(style=style, devices=jax.devices()[:devices])
+    metrics = []
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step)
+        for i in range(steps):
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            own = state.replace(key=key, step=jnp.asarray(i))
+            state, values = jitted(own, frozen, {})
+            metrics.append({k: float(v) for k, v in values.items()})
+    return state, metrics
+
+
+def gradient_norm(state):
+    """Norm of the last gradient: with beta1 0 it is Adam's first moment."""
+    moment = optax.tree.get(state.opt_state["generator"], "mu")
+    return float(optax.tree.norm(moment))
+
+
+def test_one_and_eight_devices_agree():
+    one, first = small_run(mixes=8)
+    eight, other = small_run(mixes=8, devices=8)
+    assert abs(first[0]["loss"] - other[0]["loss"]) < 1e-5 * first[0]["loss"]
+    norm = gradient_norm(one)
+    assert norm > 0 and abs(norm - gradient_norm(eight)) < 1e-5 * norm
+    _, first = small_run(mixes=8, steps=5)
+    _, other = small_run(mixes=8, steps=5, devices=8)
+    assert abs(first[-1]["loss"] - other[-1]["loss"]) < 1e-3 * first[-1]["loss"]
+
+
+def test_styles_side_by_side_learn_what_each_would_alone():
+    together, metrics = small_run(refs=2, separate=True, steps=3, devices=2, style=2)
+    on_one, again = small_run(refs=2, separate=True, steps=3)
+    assert set(metrics[0]) == {"loss", "loss/0", "loss/1"}
+    assert abs(metrics[0]["loss"] - again[0]["loss"]) < 1e-5 * metrics[0]["loss"]
+    weight = together.params["generator"]["synthesis"]["conv_8"]["weight"]
+    assert weight.shape[0] == 2
+    other = on_one.params["generator"]["synthesis"]["conv_8"]["weight"]
+    np.testing.assert_allclose(weight, other, rtol=0, atol=3e-3)
+    # Different references pull the same base apart.
+    assert float(jnp.abs(weight[0] - weight[1]).max()) > 1e-3
+
+
+def test_only_what_draws_the_picture_trains():
+    before = GENERATOR.init_params(key=jax.random.key(1))
+    state, _ = small_run(steps=2)
+    after = state.params["generator"]
+    for part in ("mapping", "noise_const", "w_avg"):
+        same = jax.tree.map(
+            lambda a, b: bool((a == b).all()), before[part], after[part]
+        )
+        assert all(jax.tree.leaves(same))
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), before["synthesis"], after["synthesis"]
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_style_space_mixing_leaves_the_affine_maps_alone():
+    before = GENERATOR.init_params(key=jax.random.key(1))["synthesis"]
+    state, _ = small_run(mask_space="s")
+    after = state.params["generator"]["synthesis"]
+    for name in GENERATOR.layer_names:
+        np.testing.assert_array_equal(
+            before[name]["affine"]["weight"], after[name]["affine"]["weight"]
+        )
+        assert (before[name]["weight"] != after[name]["weight"]).any()
+
+
+def test_both_mask_spaces_start_at_the_same_loss():
+    # Affine maps commute with a 0/1 choice of codes.
+    _, w = small_run(mask="01101", mixes=2)
+    _, s = small_run(mask="01101", mixes=2, mask_space="s")
+    assert abs(w[0]["loss"] - s[0]["loss"]) < 1e-5 * w[0]["loss"]
+
+
+def test_a_full_mask_leaves_nothing_random():
+    losses = [small_run(mask="all", seed=i, noise_mode="none")[1] for i in (0, 1)]
+    assert losses[0] == losses[1]
+    losses = [small_run(mask="none", seed=i, noise_mode="none")[1] for i in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_alpha_zero_mixes_nothing():
+    _, zero = small_run(alpha=0.0, noise_mode="none")
+    _, everything = small_run(mask="all", noise_mode="none")
+    assert zero == everything
+
+
+def test_a_fixed_set_of_codes_repeats():
+    _, metrics = small_run(codes=2, steps=4, lr=1e-30, noise_mode="none")
+    losses = [m["loss"] for m in metrics]
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+def test_bfloat16_trains():
+    _, metrics = small_run(steps=20, mask="all", dtype="bfloat16", noise_mode="none")
+    losses = [m["loss"] for m in metrics]
+    assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
+
+
+def test_masks_and_alpha_are_checked():
+    options = jojo.Options(ref=(Path("a.png"),))
+    with pytest.raises(UserError, match="give one"):
+        jojo.keep_weights(
+            dataclasses.replace(options, mask="all", preserve_color=True), 64
+        )
+    with pytest.raises(UserError, match="from 0 to 1"):
+        jojo.keep_weights(dataclasses.replace(options, alpha=1.5), 64)
+    with pytest.raises(UserError, match="14 digits"):
+        jojo.keep_weights(dataclasses.replace(options, mask="0110"), 64)
+    with pytest.raises(UserError, match="is not a file"):
+        jojo.resolve(options)

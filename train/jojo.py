@@ -1,0 +1,452 @@
+"""JoJoGAN: one picture teaches a style.
+
+Chong and Forsyth, "JoJoGAN: One Shot Face Stylization", arXiv 2112.11641.
+
+1. Invert the reference y to a code w(y); an inversion that looks like a real face
+   learns a strong style, one that reproduces the drawing a weak one.
+2. Make a family of codes by mixing: s_i = M·s(w) + (1-M)·s(FC(z_i)), M one bit a
+   modulated layer (published code: rows 0-6 stay the reference's).
+3. theta = argmin mean_i L(G(s_i; theta), y), L the L1 distance of discriminator
+   features: every picture of the family is to look like y.
+
+    python -m train.jojo --ref art.png
+    python -m jaxstyle.stylize me.jpg
+
+300 steps on the model that ships with us take a minute or two on two CPU cores. Look at
+samples/000000.png first: if the base generator's picture of the reference (second row)
+already looks drawn, the style will come out weak; try `--inversion virtual` or `mean`.
+
+One reference on many chips: `--mixes` random mixes of it a step are split over the
+`data` axis (the published code draws 1). Many references: one style from all, or with
+`--separate` one style each, over the `style` axis, with no collective in the step.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from jaxstyle import weights
+from jaxstyle.align import AlignOptions
+from jaxstyle.errors import UserError, cli
+from jaxstyle.features.lpips import feature_distance
+from jaxstyle.masks import parse_mask, preserve_color_mask
+from jaxstyle.stylegan2 import Generator, style_vectors
+from train import optim, references, sharding
+from train.cli import RunOptions, Shared, parse, start, with_out
+from train.loop import check_folder, fit
+from train.state import TrainState, create_state
+
+# Of (from_rgb, block_size, block_size/2, …) the published code taps these.
+TAPS = (1, 3, 4, 5)
+GRID = 5
+# Codes come from the mapping network, and buffers are not parameters.
+NOT_TRAINED = ("mapping/", "noise_const/", "w_avg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of train.jojo; the defaults are the published ones."""
+
+    ref: tuple[Path, ...]
+    """The reference picture, or several."""
+    weights: str = weights.DEFAULT
+    """Base networks: a name we ship, a converted folder, or a run."""
+    separate: bool = False
+    """Several references: learn one style from each, at the same time."""
+    encoder: str = "optimize"
+    """Inverts the reference: an encoder's folder, or `optimize` (no encoder needed)."""
+    inversion_steps: int = 300
+    """Steps of the inversion by optimisation."""
+    inversion: Literal["invert", "mean", "virtual"] = "invert"
+    """Code of the reference: its inversion; the mean code (extreme references: animals,
+    abstract art; no landmarks needed); or both, mixed by --virtual-mask."""
+    virtual_mask: str = "structure"
+    """--inversion virtual: layers that keep the inverted code; the others take the mean
+    one."""
+    preview_inversion: bool = False
+    """Write what the base generator makes of the reference's code under each named
+    mask, and exit."""
+    mask: str = ""
+    """Layers that keep the reference's code (the paper's M): structure (the published
+    rows 0-6), color, all, none, one digit 0 or 1 a modulated layer, or ranges (0-8,12).
+    Empty: structure."""
+    preserve_color: bool = False
+    """Mix only rows 9, 11, 15, 16, 17, so that a photo keeps its colours."""
+    mask_space: Literal["w", "s"] = "w"
+    """Mix the codes of the layers (their affine maps train), or the style vectors."""
+    alpha: float = 1.0
+    """Share of the random code in the mixed layers; 1 is the strongest style."""
+    mixes: int = 1
+    """Random mixes of each reference a step."""
+    codes: int = 0
+    """Draw this many random codes once and go through them (the paper's S); 0: fresh
+    ones every step."""
+    perceptual: Literal["discriminator", "lpips"] = "discriminator"
+    """Features to compare: the discriminator's, or LPIPS (the code's first release;
+    also the way out when the weights hold no discriminator)."""
+    lpips: str = "lpips_alexnet"
+    """LPIPS weights."""
+    lr: float = 2e-3
+    """Adam's learning rate (betas 0 and 0.99)."""
+    noise_mode: Literal["random", "const", "none"] = "random"
+    """Noise planes while training."""
+    align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
+    run: Shared = RunOptions(steps=300, log_every=10, sample_every=100, save_every=100)
+
+
+def keep_weights(options: Options, size: int) -> np.ndarray:
+    """Share of the reference's code in each layer's mix: float32 [num_layers]."""
+    if options.mask and options.preserve_color:
+        raise UserError("--mask and --preserve-color both choose the layers; give one")
+    if not 0 <= options.alpha <= 1:
+        raise UserError(f"--alpha is {options.alpha}; it must be from 0 to 1")
+    if options.preserve_color:
+        mask = preserve_color_mask(size)
+    else:
+        mask = parse_mask(options.mask or "structure", size, "--mask")
+    return np.where(mask > 0, mask, 1 - options.alpha).astype(np.float32)
+
+
+def tapped(features: Mapping[str, Array]) -> list[Array]:
+    """The taps that exist at this size, of a discriminator's features."""
+    values = list(features.values())
+    return [values[i] for i in TAPS if i < len(values)]
+
+
+def describe(options: Options, judge: Any, params: Any, images: Array) -> list[Array]:
+    """Features of pictures [batch, h, w, 3] that the loss compares."""
+    if options.perceptual == "discriminator":
+        taps = min(TAPS[-1], len(judge.channel_table) - 1)
+        return tapped(judge.apply({"params": params}, images, taps=taps)[1]["features"])
+    # The first release compares pictures of 256 px, reduced by areas.
+    factor = max(1, images.shape[1] // 256)
+    b, h, w, c = images.shape
+    small = images.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+    return list(judge.apply({"params": params}, small, method="features"))
+
+
+def distances(options: Options, params: Any, a: list[Array], b: list[Array]) -> Array:
+    """Perceptual distance of each picture [batch]; `b` may repeat along the batch."""
+    if options.perceptual == "lpips":
+        return feature_distance(params, a, b)
+    per_tap = [jnp.mean(jnp.abs(x - y), (1, 2, 3)) for x, y in zip(a, b, strict=True)]
+    return jnp.mean(jnp.stack(per_tap), 0).astype(jnp.float32)
+
+
+def loss_fn(
+    params: Any,
+    frozen: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    z: Array,
+    *,
+    options: Options,
+    generator: Generator,
+    judge: Any,
+    keep: np.ndarray,
+    noise: Any,
+    key: Array | None = None,
+) -> Array:
+    """Mean distance of the mixed pictures to their references.
+
+    Args:
+      params: the generator that learns.
+      frozen: `judge`, and `affine` (the base's) for `--mask-space s`.
+      reference: `codes` [refs, num_layers, w_dim] and `features` of the pictures.
+      z: [refs * mixes, z_dim], the mixes of a reference in a row.
+      options: of the scheme.
+      generator, judge: modules.
+      keep: share of the reference's code, [num_layers].
+      noise: as in `Generator`.
+      key: one key a picture, for random noise.
+    """
+    mixes = z.shape[0] // reference["codes"].shape[0]
+
+    def repeated(x):
+        return jnp.repeat(x, mixes, 0) if mixes > 1 else x
+
+    # The mapping network never learns: its output is where codes come from.
+    w = generator.apply({"params": params}, z, method="mapping")
+    w = jax.lax.stop_gradient(w)[:, None]
+    codes = repeated(reference["codes"])
+    if options.mask_space == "w":
+        share = keep[:, None]
+        mixed, space = share * codes + (1 - share) * w, "w_layers"
+    else:
+        kept = style_vectors(frozen["affine"], codes)
+        drawn = style_vectors(frozen["affine"], jnp.broadcast_to(w, codes.shape))
+        pairs = zip(keep, kept, drawn, strict=True)
+        mixed, space = tuple(k * a + (1 - k) * b for k, a, b in pairs), "styles"
+    image, _ = generator.apply(
+        {"params": params}, mixed, space=space, noise=noise, key=key
+    )
+    fake = describe(options, judge, frozen["judge"], image)
+    real = [repeated(f) for f in reference["features"]]
+    return jnp.mean(distances(options, frozen["judge"], fake, real))
+
+
+def make_step(
+    options: Options, generator: Generator, judge: Any, tx: Any, keep: np.ndarray
+):
+    """The step of the scheme; with `separate`, one for all styles side by side."""
+
+    def one(params, opt_state, reference, key, step, frozen):
+        batch = reference["codes"].shape[0] * options.mixes
+        if options.codes:
+            first = (step * options.mixes) % options.codes
+            number = (first + jnp.arange(batch) % options.mixes) % options.codes
+            rows = jnp.arange(batch) // options.mixes
+            z = sharding.constrain(reference["z"][rows, number])
+        else:
+            z = sharding.sample_normal(
+                jax.random.fold_in(key, 0), batch, generator.z_dim
+            )
+        loss, grads = jax.value_and_grad(loss_fn)(
+            params,
+            frozen,
+            reference,
+            z,
+            options=options,
+            generator=generator,
+            judge=judge,
+            keep=keep,
+            noise=options.noise_mode,
+            key=sharding.sample_keys(jax.random.fold_in(key, 1), batch),
+        )
+        params, opt_state = optim.apply(tx, grads, opt_state, params)
+        return params, opt_state, loss
+
+    def step(state: TrainState, frozen: Any, _: Any) -> tuple[TrainState, dict]:
+        params, opt_state = state.params["generator"], state.opt_state["generator"]
+        if options.separate:
+            count = len(options.ref)
+            keys = sharding.sample_keys(state.key, count)
+            params, opt_state, losses = jax.vmap(
+                one, in_axes=(0, 0, 0, 0, None, None), spmd_axis_name="style"
+            )(params, opt_state, frozen["reference"], keys, state.step, frozen)
+            metrics = {"loss": jnp.mean(losses)} | {
+                f"loss/{name}": losses[i] for i, name in enumerate(names(options))
+            }
+        else:
+            params, opt_state, loss = one(
+                params, opt_state, frozen["reference"], state.key, state.step, frozen
+            )
+            metrics = {"loss": loss}
+        state = state.replace(
+            params={"generator": params}, opt_state={"generator": opt_state}
+        )
+        return state, metrics
+
+    return step
+
+
+def names(options: Options) -> list[str]:
+    """A name for each reference: its file's, numbered where two are alike."""
+    stems = [p.stem for p in options.ref]
+    return [s if stems.count(s) == 1 else f"{s}-{i}" for i, s in enumerate(stems)]
+
+
+def sharding_rules(options: Options) -> tuple:
+    """The usual layouts; with `separate`, everything of a style over `style`."""
+    if not options.separate:
+        return sharding.RULES
+    return (
+        (r"^(step|key|frozen/(judge|affine|preview))", P()),
+        (r"", P("style")),
+    )
+
+
+def make_sample(options: Options, generator: Generator):
+    """Pictures of the current generator beside those of the base, five a row."""
+
+    def draw(params, codes, space):
+        return generator.apply({"params": params}, codes, space=space)[0]
+
+    def sample(state: TrainState, frozen: Any) -> Array:
+        shown = frozen["preview"]
+        params = state.params["generator"]
+        if options.separate:
+            styled = jax.vmap(lambda p, c: draw(p, c[None], "w_layers")[0])(
+                jax.tree.map(lambda x: x[:GRID], params), shown["codes"]
+            )
+            samples = [
+                draw(
+                    jax.tree.map(lambda x, i=i: x[i], params), shown["w_plus"], "w_plus"
+                )
+                for i in range(shown["codes"].shape[0])
+            ]
+        else:
+            styled = draw(params, shown["codes"], "w_layers")
+            samples = [draw(params, shown["w_plus"], "w_plus")]
+        rows = [shown["references"], shown["inverted"], styled, shown["base"], *samples]
+        size = generator.size
+
+        def padded(row):
+            blank = jnp.ones((GRID - row.shape[0], size, size, 3))
+            return jnp.concatenate([row, blank])
+
+        return jnp.stack([padded(row) for row in rows])
+
+    return sample
+
+
+def frozen_of(
+    options: Options,
+    generator: Generator,
+    base: Any,
+    judge: Any,
+    judge_params: Any,
+    pictures: Array,
+    codes: Array,
+) -> dict[str, Any]:
+    """What a run never changes: judge, references, what the sample grids show.
+
+    Args:
+      options: of the scheme.
+      generator: the architecture.
+      base: the generator's parameters before training.
+      judge, judge_params: the network whose features the loss compares.
+      pictures: aligned references [refs, size, size, 3].
+      codes: theirs, [refs, num_layers, w_dim].
+    """
+    features = jax.jit(lambda p, x: describe(options, judge, p, x))(
+        judge_params, pictures
+    )
+    reference = {"codes": codes, "features": features}
+    key = jax.random.key(options.run.seed)
+    if options.codes:
+        shape = (codes.shape[0], options.codes, generator.z_dim)
+        reference["z"] = jax.random.normal(jax.random.fold_in(key, 1), shape)
+    if options.separate:
+        reference = jax.tree.map(lambda x: x[:, None], reference)
+
+    @jax.jit
+    def preview(base, codes, z):
+        apply = partial(generator.apply, {"params": base})
+        inverted, _ = apply(codes, space="w_layers")
+        samples, out = apply(z, psi=0.7)
+        return {"inverted": inverted, "base": samples, "w_plus": out["w_plus"]}
+
+    z = jax.random.normal(jax.random.fold_in(key, 2), (GRID, generator.z_dim))
+    shown = {"codes": codes[:GRID], "references": pictures[:GRID]}
+    frozen = {
+        "judge": judge_params,
+        "reference": reference,
+        "preview": shown | preview(base, shown["codes"], z),
+    }
+    if options.mask_space == "s":
+        frozen["affine"] = {
+            name: {"affine": base["synthesis"][name]["affine"]}
+            for name in generator.layer_names
+        }
+    return frozen
+
+
+def start_state(options: Options, base: Any, tx: Any) -> TrainState:
+    """A copy of the base to train, or one a style."""
+    trained = base
+    if options.separate:
+        count = len(options.ref)
+        trained = jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), base)
+    state = create_state(
+        {"generator": trained}, {}, key=jax.random.key(options.run.seed)
+    )
+    init = jax.vmap(tx.init) if options.separate else tx.init
+    return state.replace(opt_state={"generator": init(trained)})
+
+
+def load_judge(options: Options, model: Any, params: Any) -> tuple[Any, Any]:
+    """The network whose features the loss compares.
+
+    Raises:
+      UserError: the weights hold no discriminator, or one of another size.
+    """
+    if options.perceptual == "lpips":
+        judge, judge_params = weights.load(options.lpips)
+        return judge["lpips"].clone(dtype=options.run.dtype), judge_params["lpips"]
+    if "discriminator" not in model:
+        raise UserError(
+            f"--weights {options.weights} hold no discriminator, whose features are "
+            "the loss; use --perceptual lpips, or convert a file that has `d`"
+        )
+    judge = model["discriminator"]
+    if judge.size != model["generator"].size:
+        raise UserError(
+            f"--weights {options.weights} hold a {judge.size} px discriminator for a "
+            f"{model['generator'].size} px generator; use --perceptual lpips"
+        )
+    return judge.clone(dtype=options.run.dtype), params["discriminator"]
+
+
+def resolve(options: Options) -> Options:
+    """Defaults that depend on other options.
+
+    Raises:
+      UserError: values that cannot be.
+    """
+    for path in options.ref:
+        if not path.is_file():
+            raise UserError(f"--ref {path} is not a file; give a picture")
+    for name, low in (("mixes", 1), ("codes", 0), ("inversion_steps", 1)):
+        if getattr(options, name) < low:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
+                f"at least {low}"
+            )
+    return with_out(options, "jojo-" + "-".join(p.stem for p in options.ref[:3]))
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m train.jojo`."""
+    options = resolve(parse(Options, __doc__, args))
+    mesh = start(options.run)
+    model, params = weights.load(options.weights)
+    generator = model["generator"].clone(dtype=options.run.dtype)
+    base = params["generator"]
+    keep = keep_weights(options, generator.size)
+    if options.preview_inversion:
+        references.preview(options, generator, base)
+        return
+    judge, judge_params = load_judge(options, model, params)
+    metadata = {
+        "scheme": "jojo",
+        "base": options.weights,
+        "references": [str(p) for p in options.ref],
+    }
+    if options.separate:
+        metadata["styles"] = names(options)
+    identity = {
+        "reference": references.digest(options.ref),
+        "weights": weights.digest(params),
+    }
+    check_folder(options, metadata, identity)
+    pictures, codes = references.prepare(options, generator, base)
+    tx = optim.frozen(optim.adam(options.lr), NOT_TRAINED)
+    fit(
+        options,
+        start_state(options, base, tx),
+        frozen_of(options, generator, base, judge, judge_params, pictures, codes),
+        [(1, make_step(options, generator, judge, tx, keep))],
+        None,
+        networks={"generator": generator},
+        mesh=mesh,
+        metadata=metadata,
+        identity=identity,
+        sample=make_sample(options, generator),
+        rules=sharding_rules(options),
+    )
+    if jax.process_index() == 0:
+        print(f"now: python -m jaxstyle.stylize me.jpg --weights {options.run.out}")
+
+
+if __name__ == "__main__":
+    main()

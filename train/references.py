@@ -1,0 +1,146 @@
+"""References of a style: aligned pictures and their codes.
+
+A run folder keeps them under `references/`, so that a run that goes on neither aligns
+nor inverts again, and people can see what the crop and the inversion gave.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import Array
+from jax.experimental import multihost_utils
+
+from jaxstyle import invert
+from jaxstyle.align import prepare as prepare_picture
+from jaxstyle.images import grid, save_image, to_array
+from jaxstyle.masks import named_masks, parse_mask
+from jaxstyle.pipeline import write_codes
+from jaxstyle.stylegan2 import Generator, style_rows
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """Sixteen hex digits that change when any file does."""
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return sha.hexdigest()[:16]
+
+
+def prepare(options: Any, generator: Generator, base: Any) -> tuple[Array, Array]:
+    """Aligned pictures and codes of a run's references.
+
+    Args:
+      options: of `train.jojo`.
+      generator: the architecture.
+      base: its parameters before training.
+
+    Returns:
+      Pictures [refs, size, size, 3] in [-1, 1], codes [refs, num_layers, w_dim].
+    """
+    folder = epath.Path(options.run.out) / "references"
+    cache = folder / "codes.npz"
+    if cache.exists():
+        with cache.open("rb") as file, np.load(file) as stored:
+            return jnp.asarray(stored["pictures"]), jnp.asarray(stored["w_layers"])
+    pictures = load(options, generator.size)
+    codes = np.asarray(layer_codes(options, generator, base, pictures))
+    if jax.process_count() > 1:
+        # Rounding may differ between hosts; the codes must not.
+        codes = multihost_utils.broadcast_one_to_all(codes)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, picture in zip(options.ref, pictures, strict=True):
+            save_image(folder / f"{path.stem}.png", picture)
+        write_codes(cache, pictures=pictures, w_layers=codes)
+    return jnp.asarray(pictures), jnp.asarray(codes)
+
+
+def load(options: Any, size: int) -> np.ndarray:
+    """The aligned references [refs, size, size, 3] in [-1, 1]."""
+    crops = [prepare_picture(path, size, options.align)[0] for path in options.ref]
+    return np.stack([to_array(crop, size) for crop in crops])
+
+
+def inverted(
+    options: Any, generator: Generator, base: Any, pictures: np.ndarray
+) -> Array:
+    """Codes of the references as w_plus [refs, num_ws, w_dim].
+
+    Optimisation runs in w with a pull to the average: a code that looks like a real
+    face teaches a stronger style than one that reproduces the drawing.
+    """
+    found = invert.invert(
+        generator,
+        base,
+        pictures,
+        encoder=options.encoder,
+        search=invert.Search(
+            space="w", steps=options.inversion_steps, lpips=options.lpips
+        ),
+        key=jax.random.fold_in(jax.random.key(options.run.seed), 3),
+        progress=jax.process_index() == 0,
+    )
+    return jnp.asarray(found["w_plus"])
+
+
+def by_layer(generator: Generator, w_plus: Array) -> Array:
+    """w_plus [n, num_ws, w_dim] as [n, num_layers, w_dim]."""
+    return jnp.asarray(w_plus)[:, np.array(style_rows(generator.size))]
+
+
+def virtual(codes: Array, w_avg: Array, mask: np.ndarray) -> Array:
+    """The virtual inverter (arXiv 2112.11641, section 3): codes mixed with the mean.
+
+    Args:
+      codes: [refs, num_layers, w_dim].
+      w_avg: [w_dim]; the affine maps being linear, its style vectors are the mean
+        style code.
+      mask: [num_layers]; 1 keeps the inverted code.
+    """
+    return mask[:, None] * codes + (1 - mask[:, None]) * w_avg
+
+
+def layer_codes(
+    options: Any, generator: Generator, base: Any, pictures: np.ndarray
+) -> Array:
+    """Codes [refs, num_layers, w_dim], by `--inversion`."""
+    if options.inversion == "mean":
+        shape = (len(pictures), generator.num_ws, generator.w_dim)
+        return by_layer(generator, jnp.broadcast_to(base["w_avg"], shape))
+    codes = by_layer(generator, inverted(options, generator, base, pictures))
+    if options.inversion == "virtual":
+        mask = parse_mask(options.virtual_mask, generator.size, "--virtual-mask")
+        codes = virtual(codes, base["w_avg"], mask)
+    return codes
+
+
+def preview(options: Any, generator: Generator, base: Any) -> None:
+    """Write the base's picture of each reference's code under each named mask."""
+    pictures = load(options, generator.size)
+    codes = by_layer(generator, inverted(options, generator, base, pictures))
+    masks = named_masks(generator.size)
+    if options.virtual_mask not in masks:
+        masks[options.virtual_mask] = parse_mask(
+            options.virtual_mask, generator.size, "--virtual-mask"
+        )
+    draw = jax.jit(lambda p, c: generator.apply({"params": p}, c, space="w_layers")[0])
+    columns = [pictures] + [
+        np.asarray(draw(base, virtual(codes, base["w_avg"], m))) for m in masks.values()
+    ]
+    rows = np.stack(columns, 1)
+    folder = epath.Path(options.run.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "inversion.png"
+    save_image(path, grid(list(rows.reshape(-1, *rows.shape[2:])), rows.shape[1]))
+    listed = ", ".join(f"virtual {name}" for name in masks)
+    print(f"reference, {listed}: {path}")
+    print(
+        "virtual all is the inversion, virtual none the mean code; choose with "
+        "--inversion virtual --virtual-mask MASK"
+    )
