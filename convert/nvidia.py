@@ -46,9 +46,17 @@ def read(data: memoryview) -> Any:
         "torch_utils.persistence._reconstruct_persistent_obj": _module,
         "torch.storage._load_from_bytes": storage,
         "dnnlib.util.EasyDict": lambda: Record(),
+        "numpy.ndarray": _array,
+        "numpy.core.multiarray._reconstruct": _array,
+        "numpy._core.multiarray._reconstruct": _array,
     }
     value, _ = pickles.load(data, 0, functions)
     return value
+
+
+def _array(*_) -> str:
+    # Filter designs of StyleGAN3 and the like: no weight is ever a numpy array.
+    return "numpy array"
 
 
 def _module(meta: Any) -> Module:

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxstyle.errors import UserError
 
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 MAX_TEXT = 1 << 24
 MAX_INT_BYTES = 16
 MAX_DEPTH = 64

@@ -35,7 +35,9 @@ def _directory(data: memoryview) -> tuple[int, int]:
     if found < 0:
         raise damaged("it has no end record")
     end = start + found
-    count, _, offset = _unpack("<HII", data, end + 10)
+    count, _, offset, comment = _unpack("<HIIH", data, end + 10)
+    if end + 22 + comment != len(data):
+        raise damaged("its end record does not end the file")
     if count == 0xFFFF or offset == 0xFFFFFFFF:
         signature, _, end64 = _unpack("<4sIQ", data, end - 20)
         if signature != _LOCATOR or bytes(data[end64 : end64 + 4]) != _END64:
