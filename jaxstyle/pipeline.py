@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 
 from jaxstyle import weights
@@ -75,9 +76,9 @@ def read_codes(path: str | os.PathLike, generator: Generator) -> tuple[Any, str]
     Raises:
       UserError: no such file or array, not finite, or another shape.
     """
-    path = Path(path)
+    path = epath.Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             space = next((s for s in CODE_SPACES if s in file), None)
             if space is None:
                 raise UserError(
@@ -121,32 +122,65 @@ def write_codes(path: str | os.PathLike, **arrays: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-@partial(jax.jit, static_argnames=("generator", "space", "psi", "cutoff"))
-def to_w_plus(
-    generator: Generator,
-    params: Params,
-    codes: Array,
-    space: str,
-    psi: float = 1.0,
-    cutoff: int | None = None,
-) -> Array:
-    """Codes of z, w or w_plus as w_plus [n, num_ws, w_dim], truncated.
+def in_batches(function: Callable[[Any], Array], rows: Any, batch: int) -> np.ndarray:
+    """Apply a jitted function to the rows of a tree, `batch` at a time.
+
+    The last batch is filled up: one compilation, and the bits of a row depend on
+    `batch` but not on how many others there are.
 
     Args:
-      generator: the architecture.
-      params: its parameters.
-      codes: in `space`.
-      space: z, w or w_plus.
-      psi: truncation towards the average code; 1 leaves the codes alone.
-      cutoff: truncate only this many rows, from the coarsest.
+      function: of a tree of [batch, ...] to [batch, ...].
+      rows: tree of [n, ...].
+      batch: rows at a time.
+
+    Returns:
+      [n, ...].
     """
-    generator.check_codes(codes, space)
+    n = len(jax.tree.leaves(rows)[0])
+    done = []
+    for start in range(0, n, batch):
+        chosen = np.minimum(np.arange(start, start + batch), n - 1)
+        part = jax.tree.map(lambda x, c=chosen: x[c], rows)
+        done.append(np.asarray(function(part))[: n - start])
+    return np.concatenate(done)
+
+
+@partial(jax.jit, static_argnames=("generator", "space", "psi", "cutoff"))
+def _to_w_plus(generator, params, codes, space, psi, cutoff):
     if space == "z":
         codes = generator.apply({"params": params}, codes, method="mapping")
     if codes.ndim == 2:
         shape = (codes.shape[0], generator.num_ws, generator.w_dim)
         codes = jnp.broadcast_to(codes[:, None], shape)
     return codes if psi == 1 else truncate(codes, params["w_avg"], psi, cutoff)
+
+
+def to_w_plus(
+    generator: Generator,
+    params: Params,
+    codes: Any,
+    space: str,
+    *,
+    psi: float = 1.0,
+    cutoff: int | None = None,
+    batch: int = 1,
+) -> np.ndarray:
+    """Codes of z, w or w_plus as w_plus [n, num_ws, w_dim], truncated.
+
+    Args:
+      generator: the architecture.
+      params: its parameters.
+      codes: [n, ...] in `space`.
+      space: z, w or w_plus.
+      psi: truncation towards the average code; 1 leaves the codes alone.
+      cutoff: truncate only this many rows, from the coarsest.
+      batch: codes at a time; see `in_batches`.
+    """
+    return in_batches(
+        lambda c: _to_w_plus(generator, params, c, space, psi, cutoff),
+        generator.check_codes(codes, space),
+        batch,
+    )
 
 
 # Networks and runs
@@ -214,10 +248,7 @@ def pictures(
     keys: Array | None = None,
     batch: int = 1,
 ) -> np.ndarray:
-    """Codes to pictures, `batch` at a time and one compilation.
-
-    The last batch is filled up, so that a picture's bits depend on its own code and
-    `batch` but not on how many others were asked for.
+    """Codes to pictures.
 
     Args:
       generator: the architecture.
@@ -226,17 +257,13 @@ def pictures(
       space: of the codes.
       noise: const, random or none.
       keys: [n], for random noise.
-      batch: pictures at a time.
+      batch: pictures at a time; see `in_batches`.
 
     Returns:
       [n, size, size, 3] float32, nominally in [-1, 1].
     """
-    generator.check_codes(codes, space)
-    n = len(jax.tree.leaves(codes)[0])
-    done = []
-    for start in range(0, n, batch):
-        rows = np.minimum(np.arange(start, start + batch), n - 1)
-        part, some = jax.tree.map(lambda x, r=rows: x[r], (codes, keys))
-        images = _forward(generator, params, part, some, space, noise)
-        done.append(np.asarray(images)[: n - start])
-    return np.concatenate(done)
+    return in_batches(
+        lambda rows: _forward(generator, params, *rows, space, noise),
+        (generator.check_codes(codes, space), keys),
+        batch,
+    )

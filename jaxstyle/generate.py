@@ -1,0 +1,268 @@
+"""Pictures from seeds or codes.
+
+    python -m jaxstyle.generate --seeds 0-15 --psi 0.7 --grid
+    python -m jaxstyle.generate --weights runs/jojo-art --seeds 0-7 --compare heads
+    python -m jaxstyle.generate --mix --rows 0-3 --cols 4-7 --styles 0-6
+    python -m jaxstyle.generate --codes me.npz --format npy
+
+Every seed stands for one face of a generator, whatever other seeds are asked for; the
+same command writes the same bytes again. Finetuned generators keep the faces of their
+base, so the same seeds compare them.
+"""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxstyle import images, pipeline, weights
+from jaxstyle.cache import use_compilation_cache
+from jaxstyle.errors import UserError, cli
+from jaxstyle.options import parse
+from jaxstyle.stylegan2 import Generator
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of jaxstyle.generate."""
+
+    weights: str = weights.DEFAULT
+    """A name we ship, a converted folder, or a run."""
+    seeds: str = "0-15"
+    """Seeds, such as 0-3,7; each makes one picture."""
+    psi: float = 1.0
+    """Truncation: 1 leaves the codes alone, 0 gives the average face; 0.7 is usual."""
+    cutoff: int | None = None
+    """Truncate only this many rows of the code, from the coarsest."""
+    noise_mode: Literal["const", "random", "none"] = "const"
+    """Noise planes: those stored with the weights, drawn from each seed, or none."""
+    codes: Path | None = None
+    """Codes instead of seeds: an .npz with one of w_plus [n, num_ws, w_dim], w, z, or
+    styles [n, all style vectors one after the other]."""
+    compare: str = ""
+    """Also draw everything with this generator, e.g. the base of a finetuned one."""
+    mix: bool = False
+    """Style mixing: the face of a row, some of its code replaced by a column's."""
+    rows: str = "0-3"
+    """--mix: seeds of the rows."""
+    cols: str = "4-7"
+    """--mix: seeds of the columns."""
+    styles: str = "0-6"
+    """--mix: rows of the code that come from the column; low ones carry the shape."""
+    grid: bool = False
+    """Also write all pictures on one sheet, OUT/grid.png."""
+    out: str = "generated"
+    """Folder of the pictures."""
+    format: Literal["png", "npy"] = "png"
+    """png; or npy: raw float32 [height, width, 3], nominally in [-1, 1], unclipped."""
+    batch: int = 1
+    """Pictures at a time. Bits may differ in the last place between batch sizes."""
+    step: int | None = None
+    """Another checkpoint of a run than its last."""
+    style: str | None = None
+    """Which style of a run that trained several: its name or number."""
+
+
+def generate(
+    generator: Generator,
+    params: Any,
+    seeds: list[int],
+    *,
+    psi: float = 1.0,
+    cutoff: int | None = None,
+    noise: str = "const",
+    batch: int = 1,
+) -> np.ndarray:
+    """Pictures of seeds.
+
+    Args:
+      generator: the architecture.
+      params: its parameters.
+      seeds: one a picture.
+      psi: truncation towards the average code.
+      cutoff: truncate only this many rows, from the coarsest.
+      noise: const, random (drawn from the seed) or none.
+      batch: pictures at a time.
+
+    Returns:
+      [n, size, size, 3] float32, nominally in [-1, 1].
+    """
+    z = pipeline.seed_codes(seeds, generator.z_dim)
+    w_plus = pipeline.to_w_plus(
+        generator, params, z, "z", psi=psi, cutoff=cutoff, batch=batch
+    )
+    keys = pipeline.seed_keys(seeds, 1)
+    return pipeline.pictures(
+        generator, params, w_plus, noise=noise, keys=keys, batch=batch
+    )
+
+
+def mix_codes(rows: np.ndarray, columns: np.ndarray, styles: list[int]) -> np.ndarray:
+    """Every row code with some rows of every column code.
+
+    Args:
+      rows: w_plus [n, num_ws, w_dim].
+      columns: w_plus [m, num_ws, w_dim].
+      styles: code rows that come from the column.
+
+    Returns:
+      [n * m, num_ws, w_dim], the columns varying fastest.
+    """
+    chosen = np.isin(np.arange(rows.shape[1]), styles)[:, None]
+    mixed = np.where(chosen, columns[None], rows[:, None])
+    return mixed.reshape(-1, *rows.shape[1:])
+
+
+def write(path: Any, picture: np.ndarray, form: str) -> Any:
+    """Write one picture [height, width, 3] as `path` plus `.png` or `.npy`."""
+    path = path.with_name(f"{path.name}.{form}")
+    if form == "png":
+        return images.save_image(path, picture)
+    buffer = io.BytesIO()
+    np.save(buffer, picture)
+    images.write_bytes(path, buffer.getvalue())
+    return path
+
+
+def truncation(options: Options) -> dict[str, Any]:
+    """The arguments of `pipeline.to_w_plus`."""
+    return {"psi": options.psi, "cutoff": options.cutoff, "batch": options.batch}
+
+
+def check(options: Options, generator: Generator) -> None:
+    """Refuse values that cannot be.
+
+    Raises:
+      UserError: naming the option.
+    """
+    if options.batch < 1:
+        raise UserError(f"--batch is {options.batch}; it must be at least 1")
+    if options.cutoff is not None and not 0 <= options.cutoff <= generator.num_ws:
+        raise UserError(
+            f"--cutoff is {options.cutoff}; {options.weights} has {generator.num_ws} "
+            "rows to truncate"
+        )
+    if not np.isfinite(options.psi):
+        raise UserError(f"--psi is {options.psi}; it must be a number such as 0.7")
+    if options.mix and (options.codes or options.compare):
+        raise UserError("--mix goes with seeds; leave out --codes and --compare")
+
+
+def draw_mix(options: Options, generator: Generator, params: Any) -> None:
+    """The sheet of style mixing: sources above and to the left, mixes inside."""
+    rows = pipeline.parse_numbers(options.rows, "--rows")
+    columns = pipeline.parse_numbers(options.cols, "--cols")
+    styles = pipeline.parse_numbers(options.styles, "--styles")
+    if max(styles) >= generator.num_ws:
+        raise UserError(
+            f"--styles is {options.styles!r}; the codes of {options.weights} have rows "
+            f"0 to {generator.num_ws - 1}"
+        )
+    z = pipeline.seed_codes(rows + columns, generator.z_dim)
+    sources = pipeline.to_w_plus(generator, params, z, "z", **truncation(options))
+    first, second = sources[: len(rows)], sources[len(rows) :]
+    codes = np.concatenate([sources, mix_codes(first, second, styles)])
+    # A mix takes the noise of its row, so that a row differs in its codes alone.
+    seeds = rows + columns + [r for r in rows for _ in columns]
+    drawn = pipeline.pictures(
+        generator,
+        params,
+        codes,
+        noise=options.noise_mode,
+        keys=pipeline.seed_keys(seeds, 1),
+        batch=options.batch,
+    )
+    of_rows, of_columns, mixes = np.split(drawn, [len(rows), len(rows) + len(columns)])
+    pairs = [(r, c) for r in rows for c in columns]
+    for (row, column), picture in zip(pairs, mixes, strict=True):
+        write(
+            epath.Path(options.out) / f"mix-{row:04d}-{column:04d}",
+            picture,
+            options.format,
+        )
+    sheet = [np.ones_like(of_rows[0]), *of_columns]
+    for i, picture in enumerate(of_rows):
+        sheet += [picture, *mixes[i * len(columns) : (i + 1) * len(columns)]]
+    path = images.save_image(
+        epath.Path(options.out) / "grid.png",
+        images.grid(
+            sheet,
+            len(columns) + 1,
+            column_labels=["", *columns],
+            row_labels=["", *rows],
+        ),
+    )
+    print(f"{len(mixes)} mixes in {options.out}\n{path}")
+
+
+def draw(options: Options, generator: Generator, params: Any) -> None:
+    """Pictures of seeds or codes, and those of `--compare` beside them."""
+    networks = {"": (generator, params)}
+    if options.compare:
+        networks["-base"] = pipeline.load_generator(options.compare)
+    if options.codes:
+        codes, space = pipeline.read_codes(options.codes, generator)
+        seeds = list(range(len(jax.tree.leaves(codes)[0])))
+        labels = [f"{options.codes.stem}-{i:04d}" for i in seeds]
+    else:
+        seeds, space = pipeline.parse_numbers(options.seeds, "--seeds"), "z"
+        codes = pipeline.seed_codes(seeds, generator.z_dim)
+        labels = [f"seed{s:04d}" for s in seeds]
+    if space == "styles" and options.psi != 1:
+        raise UserError(
+            f"--psi is {options.psi}, but style vectors cannot be truncated; give "
+            "w_plus codes or leave --psi at 1"
+        )
+    drawn = {}
+    for suffix, (module, values) in networks.items():
+        chosen = codes
+        if space != "styles":
+            chosen = pipeline.to_w_plus(
+                module, values, codes, space, **truncation(options)
+            )
+        drawn[suffix] = pipeline.pictures(
+            module,
+            values,
+            chosen,
+            space="styles" if space == "styles" else "w_plus",
+            noise=options.noise_mode,
+            keys=pipeline.seed_keys(seeds, 1),
+            batch=options.batch,
+        )
+        for label, picture in zip(labels, drawn[suffix], strict=True):
+            write(epath.Path(options.out) / (label + suffix), picture, options.format)
+    print(f"{len(labels) * len(drawn)} pictures in {options.out}")
+    if options.grid:
+        if options.compare:
+            sheet = images.grid(
+                [*drawn["-base"], *drawn[""]],
+                len(labels),
+                column_labels=labels,
+                row_labels=[Path(options.compare).name, Path(options.weights).name],
+            )
+        else:
+            sheet = images.grid(drawn[""], captions=labels)
+        print(images.save_image(epath.Path(options.out) / "grid.png", sheet))
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m jaxstyle.generate`."""
+    options = parse(Options, "jaxstyle.generate", __doc__, args)
+    use_compilation_cache()
+    generator, params = pipeline.load_generator(
+        options.weights, step=options.step, style=options.style
+    )
+    check(options, generator)
+    if options.mix:
+        draw_mix(options, generator, params)
+    else:
+        draw(options, generator, params)
+
+
+if __name__ == "__main__":
+    main()

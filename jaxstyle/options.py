@@ -1,0 +1,46 @@
+"""Command lines from dataclasses."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+
+
+def parse(
+    options_class: type,
+    module: str,
+    description: str | None,
+    args: Sequence[str] | None,
+) -> Any:
+    """Command line to a dataclass of options, by tyro.
+
+    Args:
+      options_class: its field docstrings are the help; fields that are dataclasses
+        themselves hold options that several commands share.
+      module: shown as `python -m module`.
+      description: shown by --help, usually the module's docstring.
+      args: instead of the command line.
+    """
+    join_help(options_class)
+    return tyro.cli(
+        options_class, args=args, prog=f"python -m {module}", description=description
+    )
+
+
+@functools.cache
+def join_help(cls: type) -> None:
+    """Join the lines of field docstrings, which tyro would show as they are broken."""
+    hints = typing.get_type_hints(cls)
+    for field in docstring_parser.parse_from_object(cls).params:
+        if field.description and field.arg_name in hints:
+            text = " ".join(field.description.split())
+            given = cls.__annotations__[field.arg_name]
+            config = tyro.conf.arg(help=text)
+            cls.__annotations__[field.arg_name] = Annotated[given, config]
+    for hint in hints.values():
+        if dataclasses.is_dataclass(hint):
+            join_help(hint)

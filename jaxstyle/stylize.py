@@ -1,0 +1,458 @@
+"""A photo in a learned style.
+
+    python -m jaxstyle.stylize me.jpg
+    python -m jaxstyle.stylize me.jpg --weights runs/jojo-art --intensity 0.7 --grid
+    python -m jaxstyle.stylize holiday/ --weights runs/jojo-art runs/jojo-oil
+    python -m jaxstyle.stylize me.jpg --paste-back --out me_art.png
+
+The face is cut out and turned upright, its code is found on the generator that the
+style was finetuned from, and the finetuned generator draws the code again. The code is
+kept beside the result, so that another style or intensity of the same photo is quick.
+
+Intensities between 0 and 1 mix the features of both generators layer by layer, the mix
+being the input of both next layers (JoJoGAN, arXiv 2112.11641): not a cross-fade.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from etils import epath
+from jax import Array
+
+from jaxstyle import images, pipeline, weights
+from jaxstyle.align import AlignOptions, paste_back, prepare
+from jaxstyle.cache import use_compilation_cache
+from jaxstyle.errors import UserError, cli
+from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
+from jaxstyle.invert import Search, invert
+from jaxstyle.masks import parse_mask
+from jaxstyle.options import parse
+from jaxstyle.stylegan2 import Generator, Params, interpolate_features
+
+CROP_SIZE = 256
+"""Faces are cut out at least this large: encoders read 256 px."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of jaxstyle.stylize."""
+
+    photo: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")]
+    """A photo, or a folder of photos."""
+    weights: tuple[str, ...] = ()
+    """Runs or folders of finetuned generators; several give a sheet of styles. None:
+    the newest finished run under runs/."""
+    out: str = "stylized"
+    """A folder; or a file (.png, .jpg, .webp, …) for one photo: the result, or the
+    sheet when --grid or several styles ask for one."""
+    intensity: float = 1.0
+    """Strength of the style: 0 is the base generator, 1 the finetuned one."""
+    layers: str = "all"
+    """Layers that take the style: all, structure, color, or numbers of modulated layers
+    such as 0-8,12; the others stay the base's."""
+    step: int | None = None
+    """Another checkpoint of a run than its last."""
+    style: str | None = None
+    """One style of a run that learned several: its name or number. None: all."""
+    base: str = ""
+    """The generator the style was finetuned from; empty: the one the run names."""
+    paste_back: bool = False
+    """Put the face back into the whole photo, its border feathered."""
+    grid: bool = False
+    """Also write a sheet: photo, inversion, reference, result."""
+    noise_mode: Literal["const", "random", "none"] = "const"
+    """Noise planes: those stored with the base, drawn from --seed, or none."""
+    seed: int = 0
+    """Seed of random noise and of the inversion."""
+    encoder: str = ""
+    """Finds the photo's code: an encoder's folder, or `optimize`, which needs none.
+    Empty: the encoder stored with the base if there is one, else optimize."""
+    search: Annotated[Search, tyro.conf.OmitArgPrefixes] = DEFAULT_SEARCH
+    align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """A finetuned generator and the one it started from.
+
+    Attributes:
+      name: for file names and sheets.
+      generator: the architecture of both.
+      params: of the finetuned generator.
+      base: of the generator it started from.
+      base_name: name or path of that one.
+      reference: the aligned picture the style was learned from, if the run kept it.
+    """
+
+    name: str
+    generator: Generator
+    params: Params
+    base: Params
+    base_name: str
+    reference: Any = None
+
+
+def load_styles(
+    names: Sequence[str],
+    *,
+    step: int | None = None,
+    style: str | None = None,
+    base: str = "",
+    own_base: bool = False,
+) -> list[Style]:
+    """Finetuned generators, each with its base.
+
+    Args:
+      names: runs or network folders; one with several styles gives all of them.
+      step: another checkpoint than the last.
+      style: one style of a run that learned several.
+      base: instead of the base that the folders name.
+      own_base: a folder that names none is its own base, instead of an error.
+
+    Raises:
+      UserError: a folder that names no base, or one of another architecture.
+    """
+    bases: dict[str, tuple[Generator, Params]] = {}
+    styles = []
+    for name in names:
+        metadata = weights.read_config(name)["metadata"]
+        base_name = base or metadata.get("base") or (name if own_base else "")
+        if not base_name:
+            raise UserError(
+                f"weights {name!r} do not say which generator they were finetuned "
+                "from, on which the photo is inverted; name it with --base"
+            )
+        if base_name not in bases:
+            try:
+                bases[base_name] = pipeline.load_generator(base_name)
+            except UserError as error:
+                raise UserError(f"base of {name}: {error}; or pass --base") from None
+        known = metadata.get("styles") or []
+        for chosen in [style] if style is not None else known or [None]:
+            generator, params = pipeline.load_generator(name, step=step, style=chosen)
+            check_same(name, generator, base_name, bases[base_name][0])
+            index = known.index(chosen) if chosen in known else int(chosen or 0)
+            styles.append(
+                Style(
+                    name=known[index] if known else Path(name).name,
+                    generator=generator,
+                    params=params,
+                    base=bases[base_name][1],
+                    base_name=base_name,
+                    reference=reference_picture(
+                        name, metadata.get("references", ()), index
+                    ),
+                )
+            )
+    labels = [s.name for s in styles]
+    return [
+        s if labels.count(s.name) == 1 else dataclasses.replace(s, name=f"{s.name}-{i}")
+        for i, s in enumerate(styles)
+    ]
+
+
+def reference_picture(name: str, references: Sequence[str], index: int) -> Any:
+    """The aligned reference that a run keeps, or None."""
+    if index >= len(references):
+        return None
+    stem = epath.Path(references[index]).stem
+    path = weights.resolve(name) / "references" / f"{stem}.png"
+    return path if path.exists() else None
+
+
+def check_same(
+    name: str, generator: Generator, base_name: str, base: Generator
+) -> None:
+    """Refuse a base of another architecture.
+
+    Raises:
+      UserError: naming both.
+    """
+
+    def layout(g):
+        return g.size, g.w_dim, g.style_dims
+
+    if layout(generator) != layout(base):
+        raise UserError(
+            f"base {base_name!r} is a {base.size} px generator with style vectors of "
+            f"{sum(base.style_dims)} numbers, but {name!r} was finetuned from one of "
+            f"{generator.size} px and {sum(generator.style_dims)}; give --base"
+        )
+
+
+def layer_shares(generator: Generator, intensity: float, layers: str) -> np.ndarray:
+    """Share of the finetuned generator in each modulated layer: [num_layers].
+
+    Raises:
+      UserError: an intensity outside 0 to 1, or unknown layers.
+    """
+    if not 0 <= intensity <= 1:
+        raise UserError(f"--intensity is {intensity}; it must be from 0 to 1")
+    return np.float32(intensity) * parse_mask(layers, generator.size, "--layers")
+
+
+@partial(jax.jit, static_argnames=("generator", "noise"))
+def _blend(generator, base, tuned, code, share, keys, noise):
+    return interpolate_features(
+        generator, base, tuned, code, share, noise=noise, key=keys
+    )
+
+
+def stylize(
+    style: Style,
+    code: Array,
+    *,
+    intensity: float = 1.0,
+    layers: str = "all",
+    noise: str = "const",
+    seed: int = 0,
+) -> np.ndarray:
+    """The picture of a code in a style.
+
+    Args:
+      style: see `load_styles`.
+      code: w_plus [num_ws, w_dim] on the base generator.
+      intensity: 0 draws with the base generator, 1 with the finetuned one.
+      layers: which layers take the style; see `masks.parse_mask`.
+      noise: const, random or none.
+      seed: of random noise.
+
+    Returns:
+      [size, size, 3], nominally in [-1, 1].
+
+    Raises:
+      UserError: an intensity outside 0 to 1, unknown layers, or another code shape.
+    """
+    share = layer_shares(style.generator, intensity, layers)
+    keys = pipeline.seed_keys([seed], 1)
+    if np.all(share == 1) or not np.any(share):
+        # One generator is half the work of two.
+        params = style.params if np.any(share) else style.base
+        return pipeline.pictures(
+            style.generator, params, code[None], noise=noise, keys=keys
+        )[0]
+    return np.asarray(
+        _blend(
+            style.generator, style.base, style.params, code[None], share, keys, noise
+        )[0]
+    )
+
+
+def choose_encoder(encoder: str, base_name: str) -> str:
+    """The encoder to use: as given, or what the base offers."""
+    if encoder:
+        return encoder
+    has_one = "encoder" in weights.read_config(base_name)["networks"]
+    return base_name if has_one else "optimize"
+
+
+def photo_code(
+    crop: np.ndarray,
+    generator: Generator,
+    params: Params,
+    *,
+    encoder: str = "optimize",
+    search: Search = DEFAULT_SEARCH,
+    seed: int = 0,
+    cache: Any = None,
+) -> np.ndarray:
+    """The code of an aligned face, from `cache` if it was found before.
+
+    Args:
+      crop: [height, width, 3] in [-1, 1].
+      generator: the architecture.
+      params: of the base generator.
+      encoder: `optimize`, or an encoder's folder.
+      search: options of the optimisation.
+      seed: of the optimisation.
+      cache: start of the path of the code files, without `-<digest>.npz`; None keeps
+        nothing.
+
+    Returns:
+      w_plus [num_ws, w_dim].
+    """
+    sha = hashlib.sha256(crop.tobytes())
+    how: Any = (dataclasses.asdict(search), seed)
+    if encoder != "optimize":
+        config = weights.resolve(encoder) / "config.json"
+        how = (str(encoder), config.stat().mtime)
+    sha.update(repr((weights.digest(params), how)).encode())
+    path = None
+    if cache is not None:
+        path = cache.parent / f"{cache.name}-{sha.hexdigest()[:8]}.npz"
+        if path.exists():
+            codes, _ = pipeline.read_codes(path, generator)
+            print(f"code of an earlier run: {path}")
+            return codes[0]
+    found = invert(
+        generator,
+        params,
+        crop[None],
+        encoder=encoder,
+        search=search,
+        key=jax.random.key(seed),
+    )
+    if path is not None:
+        pipeline.write_codes(path, w_plus=found["w_plus"])
+    return np.asarray(found["w_plus"][0])
+
+
+def is_file(out: str) -> bool:
+    """Whether `--out` names a picture, not a folder.
+
+    Raises:
+      UserError: a suffix that is no picture's.
+    """
+    path = epath.Path(out)
+    if path.is_dir() or not path.suffix:
+        return False
+    images.image_format_of(path)
+    return True
+
+
+def draw(
+    options: Options, styles: Sequence[Style], photo: Path, name: str, face: Any
+) -> Any:
+    """Stylise one photo and write all its files; returns the path of the main one.
+
+    `--out` a folder: NAME-STYLE.png, with a sheet NAME-grid.png. A file: the sheet if
+    there is one, else the result, NAME-STYLE beside it. NAME-face.png and the code
+    NAME-DIGEST.npz belong to the photo, whatever the results are called.
+
+    Args:
+      options: of the command.
+      styles: at least one.
+      photo: path of the photo.
+      name: its name in file names.
+      face: what `prepare` gave: the face, and where it lies in the photo.
+    """
+    out, sheet = epath.Path(options.out), options.grid or len(styles) > 1
+    given = is_file(options.out)
+    stem, suffix = (
+        (out.parent / out.stem, out.suffix) if given else (out / name, ".png")
+    )
+
+    def beside(what):
+        return stem.parent / f"{stem.name}-{what}{suffix}"
+
+    main_path = out if given else beside("grid" if sheet else styles[0].name)
+    crop, alignment = face
+    images.save_image(stem.parent / f"{name}-face.png", crop)
+    crop = images.to_array(crop)
+    noise = {"noise": options.noise_mode, "seed": options.seed}
+    codes: dict[str, np.ndarray] = {}
+    results = []
+    for style in styles:
+        if style.base_name not in codes:
+            codes[style.base_name] = photo_code(
+                crop,
+                style.generator,
+                style.base,
+                encoder=choose_encoder(options.encoder, style.base_name),
+                search=options.search,
+                seed=options.seed,
+                cache=stem.parent / name,
+            )
+        result = stylize(
+            style,
+            codes[style.base_name],
+            intensity=options.intensity,
+            layers=options.layers,
+            **noise,
+        )
+        results.append(result)
+        if options.paste_back:
+            whole = images.open_image(photo)
+            result = paste_back(whole, images.to_pil(result), alignment)
+        images.save_image(beside(style.name) if sheet else main_path, result)
+    if sheet:
+        code = codes[styles[0].base_name]
+        inversion = stylize(styles[0], code, intensity=0, **noise)
+        images.save_image(main_path, compose(crop, inversion, styles, results))
+    return main_path
+
+
+def compose(
+    crop: np.ndarray, inversion: np.ndarray, styles: Sequence[Style], results: Any
+) -> Any:
+    """The sheet of one photo: photo, inversion, references and results."""
+    labels = ["photo", "inversion", *(s.name for s in styles)]
+    pictures = [crop, inversion, *results]
+    kept = [images.open_image(s.reference) if s.reference else None for s in styles]
+    if len(styles) == 1 and kept[0]:
+        labels.insert(2, "reference")
+        pictures.insert(2, kept[0])
+    elif any(kept):
+        blank = np.ones_like(crop)
+        pictures += [blank, blank, *(k or blank for k in kept)]
+    return images.grid(pictures, len(labels), column_labels=labels)
+
+
+def check(options: Options) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+      UserError: one file for a folder of photos, the photo itself as `--out`, or one
+        face's points for a folder.
+    """
+    if options.photo.is_dir() and (options.align.eyes or options.align.mouth):
+        raise UserError(
+            f"--eyes and --mouth are for one photo, but {options.photo} is a folder; "
+            "use --landmarks FOLDER"
+        )
+    if not is_file(options.out):
+        return
+    if options.photo.is_dir():
+        raise UserError(
+            f"--out is {options.out}, one file, but {options.photo} is a folder of "
+            "photos; give --out a folder"
+        )
+    if Path(options.out).absolute() == options.photo.absolute():
+        raise UserError(f"--out is {options.out}, the photo itself; name another file")
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m jaxstyle.stylize`."""
+    options = parse(Options, "jaxstyle.stylize", __doc__, args)
+    use_compilation_cache()
+    check(options)
+    photos = images.image_files(options.photo)
+    names = options.weights or (pipeline.newest_run(),)
+    styles = load_styles(
+        names, step=options.step, style=options.style, base=options.base
+    )
+    for style in styles:
+        layer_shares(style.generator, options.intensity, options.layers)
+    newest = "" if options.weights else " (the newest finished run)"
+    bases = ", ".join(sorted({s.base_name for s in styles}))
+    print(f"weights: {', '.join(names)}{newest}, finetuned from {bases}", flush=True)
+    size = max(CROP_SIZE, *(s.generator.size for s in styles))
+    stems = [p.stem for p in photos]
+    done = 0
+    for path in photos:
+        try:
+            face = prepare(path, size, options.align)
+        except UserError as error:
+            if not options.photo.is_dir():
+                raise
+            print(f"skipped {path.name}: {error}", flush=True)
+            continue
+        # a.jpg and a.png of one folder must not overwrite each other.
+        alike = stems.count(path.stem) > 1
+        name = path.name.replace(".", "-") if alike else path.stem
+        print(draw(options, styles, path, name, face), flush=True)
+        done += 1
+    if not done:
+        raise UserError(f"none of the {len(photos)} photos could be stylised")
+
+
+if __name__ == "__main__":
+    main()
