@@ -9,29 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_ops.upfirdn import fir_kernel, upfirdn2d
-
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-
-
-def conv2d(x: Array, weight: Array) -> Array:
-    """Plain stride-1 convolution, same size: [b, h, w, in] * [k, k, in, out]."""
-    return lax.conv_general_dilated(
-        x, weight.astype(x.dtype), (1, 1), "SAME", dimension_numbers=DIMENSIONS
-    )
-
-
-def up_conv2d(x: Array, weight: Array) -> Array:
-    """Transposed 3×3 convolution of stride 2, then the FIR blur; doubles the size."""
-    y = lax.conv_general_dilated(
-        x,
-        jnp.flip(weight, (0, 1)).astype(x.dtype),
-        window_strides=(1, 1),
-        padding=((2, 2), (2, 2)),
-        lhs_dilation=(2, 2),
-        dimension_numbers=DIMENSIONS,
-    )
-    return upfirdn2d(y, fir_kernel(4.0), pad=(1, 1))
+from pallas_ops.convolution import conv2d, up_conv2d
 
 
 def modulated_conv2d(
@@ -48,7 +26,7 @@ def modulated_conv2d(
       x: [batch, height, width, in_channels].
       weight: [k, k, in_channels, out_channels], k 1 or 3, equalised already.
       style: [batch, in_channels].
-      up: double the size (transposed convolution and FIR blur).
+      up: double the size (transposed convolution and FIR blur); k is 3.
       demodulate: divide each output channel by its weight's norm (equation 3).
 
     Returns:

@@ -1,8 +1,10 @@
-"""FIR up- and down-sampling (upfirdn2d of StyleGAN2, appendix B)."""
+"""FIR up- and down-sampling (upfirdn2d of StyleGAN2) by the [1, 3, 3, 1] filter."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from pallas_ops.adjoint import linear_pair
 
 FIR = (1.0, 3.0, 3.0, 1.0)
 
@@ -22,6 +24,8 @@ def upfirdn2d(
     pad: tuple[int, int] = (0, 0),
 ) -> Array:
     """Zero-insert, pad, convolve with a FIR kernel, keep every `down`-th sample.
+
+    The general form; the networks use the faster special cases below.
 
     Args:
       x: [batch, height, width, channels].
@@ -50,28 +54,61 @@ def upfirdn2d(
     )
 
 
-def upsample2d(x: Array) -> Array:
-    """Double height and width with the [1, 3, 3, 1] filter (the skip of to-RGB)."""
-    return upfirdn2d(x, fir_kernel(4.0), up=2, pad=(2, 1))
-
-
-def downsample_conv2d(x: Array, weight: Array) -> Array:
-    """Blur, then convolve with stride 2: the discriminator's down-sampling.
+def fir(x: Array, *, gain: float, pad: int, stride: int = 1) -> Array:
+    """The filter along one axis after the other, as shifted sums.
 
     Args:
-      x: [batch, height, width, in_channels].
-      weight: [k, k, in_channels, out_channels], k 1 or 3.
+      x: [batch, height, width, channels].
+      gain: sum of the two-dimensional filter.
+      pad: zeros on each side of both axes.
+      stride: of both axes.
 
     Returns:
-      [batch, height / 2, width / 2, out_channels].
+      [batch, out_height, out_width, channels], each side
+      `(n + 2 * pad - 4) // stride + 1`.
     """
-    size = weight.shape[0]
-    total = len(FIR) - 2 + size - 1
-    blurred = upfirdn2d(x, fir_kernel(), pad=((total + 1) // 2, total // 2))
-    return lax.conv_general_dilated(
-        blurred,
-        weight.astype(x.dtype),
-        window_strides=(2, 2),
-        padding="VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    taps = np.array(FIR) / sum(FIR) * gain**0.5
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    for axis in (1, 2):
+        last = (x.shape[axis] - len(FIR)) // stride * stride
+        x = sum(
+            lax.slice_in_dim(x, i, i + last + 1, stride, axis) * float(tap)
+            for i, tap in enumerate(taps)
+        )
+    return x
+
+
+def _downsample(x: Array, gain: float) -> Array:
+    return fir(x, gain=gain, pad=1, stride=2)
+
+
+def _upsample(x: Array, gain: float) -> Array:
+    """Each output is 3/4 of the nearest input and 1/4 of the next one, per axis."""
+    for axis in (1, 2):
+        edges = [(0, 0)] * 4
+        edges[axis] = (1, 1)
+        padded = jnp.pad(x, edges)
+        size = x.shape[axis]
+        before = lax.slice_in_dim(padded, 0, size, axis=axis)
+        after = lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+        near = x * (0.375 * gain**0.5)
+        even = near + before * (0.125 * gain**0.5)
+        odd = near + after * (0.125 * gain**0.5)
+        shape = list(x.shape)
+        shape[axis] *= 2
+        x = jnp.stack([even, odd], axis + 1).reshape(shape)
+    return x
+
+
+_up, _ = linear_pair(lambda x: _upsample(x, 4.0), lambda x: _downsample(x, 4.0))
+_down, _ = linear_pair(lambda x: _downsample(x, 1.0), lambda x: _upsample(x, 1.0))
+
+
+def upsample2d(x: Array) -> Array:
+    """Double height and width with the [1, 3, 3, 1] filter (the skip of to-RGB)."""
+    return _up(x)
+
+
+def downsample2d(x: Array) -> Array:
+    """Filter with [1, 3, 3, 1] and keep every second sample: [b, h / 2, w / 2, c]."""
+    return _down(x)
