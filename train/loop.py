@@ -296,7 +296,8 @@ def describe_run(
     options: Any, metadata: Mapping[str, Any] | None, identity: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """What `options.json` holds: scheme, options, digests."""
-    values = json.loads(json.dumps(dataclasses.asdict(options)))
+    # Options may be paths.
+    values = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     return {
         "scheme": (metadata or {}).get("scheme", "train"),
         "options": values.pop("run") | values,
