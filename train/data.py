@@ -61,27 +61,39 @@ class TfdsPictures(Sequence):
     """The `image` feature of a TFDS data set in array_record form."""
 
     def __init__(self, name: str, split: str, size: int, folder: str | None):
-        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import registered
+        from tensorflow_datasets.core.read_only_builder import builder_from_files
 
+        again = f"tfds build {name} --file_format=array_record" + (
+            f" --data_dir={folder}" if folder else ""
+        )
+        # The prepared files alone: the code that made them may need TensorFlow.
         try:
-            builder = tfds.builder(name, data_dir=folder, file_format=None)
-            form = str(getattr(builder.info.file_format, "value", ""))
-            if form != "array_record":
-                raise UserError(
-                    f"--data tfds:{name} is stored as {form or 'nothing yet'}, which "
-                    "needs TensorFlow to read; prepare it anew with: tfds build "
-                    f"{name} --file_format=array_record"
-                    + (f" --data_dir={folder}" if folder else "")
-                )
-            self.source, self.size = builder.as_data_source(split=split), size
-        except UserError:
-            raise
-        except Exception as error:
-            # TFDS reports a missing set, split or file with many types.
+            builder = builder_from_files(name, data_dir=folder)
+        except registered.DatasetNotFoundError:
             raise UserError(
-                f"--data tfds:{name}:{split} cannot be read ({error}); prepare it "
-                f"with: tfds build {name} --file_format=array_record"
-            ) from error
+                f"--data tfds:{name} is not prepared on this machine; prepare it with: "
+                + again
+            ) from None
+        form = builder.info.file_format.value
+        if form != "array_record":
+            raise UserError(
+                f"--data tfds:{name} is stored as {form}, which needs TensorFlow to "
+                f"read; prepare it anew with: {again}"
+            )
+        if "image" not in builder.info.features:
+            raise UserError(
+                f"--data tfds:{name} has no feature 'image', only "
+                + ", ".join(builder.info.features)
+            )
+        try:
+            self.source = builder.as_data_source(split=split)
+        except ValueError as error:
+            splits = ", ".join(builder.info.splits)
+            raise UserError(
+                f"--data tfds:{name}:{split}: no such split ({error}); it has {splits}"
+            ) from None
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.source)

@@ -31,8 +31,11 @@ BATCH = ("data", "fsdp")
 # paths are those of TrainState (`params/generator/synthesis/conv_4/weight`,
 # `opt_state/generator/0/mu/…`) and of the frozen networks (`frozen/discriminator/…`).
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(affine|dense_\d+)/weight$", P(None, "fsdp")),
-    (r"(conv|up|final_conv|block)\w*(/\w+)?/weight$", P(None, None, None, "fsdp")),
+    (r"(affine|dense\w*|hidden)/weight$", P(None, "fsdp")),
+    (
+        r"(\w*conv\w*|up_\d+|rgb_\d+|from_rgb|skip|lateral_\d+)/weight$|/conv\d?$",
+        P(None, None, None, "fsdp"),
+    ),
     (r"", P()),
 )
 

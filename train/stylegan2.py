@@ -310,9 +310,10 @@ def schedule(
 def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     """The generator and discriminator and their first parameters, by name.
 
+    Weights without a discriminator get a fresh one.
+
     Raises:
-      UserError: neither weights nor a size, both in conflict, or weights without a
-        discriminator.
+      UserError: neither weights nor a size, or both in conflict.
     """
     dtype = options.run.dtype
     if not options.weights:
@@ -336,21 +337,23 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
         }
         return networks, params
     model, params = weights.load(options.weights)
-    for name in ("generator", "discriminator"):
-        if name not in model:
-            raise UserError(
-                f"--weights {options.weights} hold no {name}; adversarial finetuning "
-                "needs both networks: convert a file that has them (keys g_ema and d)"
-            )
-    size = model.generator.size
+    generator = model.generator.clone(dtype=dtype)
+    size = generator.size
     if options.size not in (0, size):
         raise UserError(
             f"--size is {options.size}, but --weights {options.weights} are of {size} "
             "px; leave --size out"
         )
-    names = ("generator", "discriminator")
-    networks = {name: model[name].clone(dtype=dtype) for name in names}
-    return networks, {name: params[name] for name in names}
+    if "discriminator" in model:
+        discriminator = model.discriminator.clone(dtype=dtype)
+    else:
+        print(f"{options.weights} hold no discriminator: a fresh one is trained")
+        shape = (size, generator.channel_multiplier, generator.channels)
+        discriminator = Discriminator(*shape, dtype=dtype)
+        key = jax.random.key(options.run.seed)
+        params["discriminator"] = discriminator.init_params(key=key)
+    networks = {"generator": generator, "discriminator": discriminator}
+    return networks, {name: params[name] for name in networks}
 
 
 def make_optimizers(options: Options, discriminator: Discriminator) -> dict[str, Any]:

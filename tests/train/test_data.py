@@ -1,0 +1,168 @@
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxstyle.errors import UserError
+from tests.train.test_loop import mesh_of
+from train import data
+
+# Pictures that say which they are: constant, the sign of the left half tells a flip.
+MARKED = (
+    np.stack([np.full((4, 4, 3), (i + 1) / 16, np.float32) for i in range(12)])
+    * np.where(np.arange(4) < 2, 1, -1)[None, None, :, None]
+)
+
+
+def numbers(images):
+    return np.rint(np.abs(images[:, 0, 0, 0]) * 16).astype(int).tolist()
+
+
+def take(iterator, count):
+    return np.concatenate([next(iterator)["image"] for _ in range(count)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(5):
+        shade = np.full((6, 9, 3), 50 * i, np.uint8)
+        Image.fromarray(shade).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_each_epoch_shows_every_picture_once_in_a_new_order():
+    stream = data.batches(MARKED, 4, mesh_of(2), seed=3)
+    first, second = numbers(take(stream, 3)), numbers(take(stream, 3))
+    assert sorted(first) == sorted(second) == list(range(1, 13))
+    assert first != second
+    again = data.batches(MARKED, 4, mesh_of(1), seed=3)
+    assert numbers(take(again, 3)) == first
+    other = data.batches(MARKED, 4, mesh_of(1), seed=4)
+    assert numbers(take(other, 3)) != first
+
+
+def test_position_is_kept():
+    stream = data.batches(MARKED, 5, mesh_of(1), seed=0, mirror=True)
+    take(stream, 3)
+    position = stream.get_state()
+    expected = take(stream, 4)
+    other = data.batches(MARKED, 5, mesh_of(1), seed=0, mirror=True)
+    other.set_state(position)
+    np.testing.assert_array_equal(take(other, 4), expected)
+
+
+def test_mirror_flips_about_half():
+    images = take(data.batches(MARKED, 12, mesh_of(1), seed=0, mirror=True), 20)
+    share = (images[:, 0, 0, 0] < 0).mean()
+    assert 0.35 < share < 0.65
+    plain = take(data.batches(MARKED, 12, mesh_of(1), seed=0), 20)
+    assert (plain[:, 0, 0, 0] > 0).all()
+
+
+def test_processes_share_a_global_batch(monkeypatch):
+    whole = take(data.batches(MARKED, 6, mesh_of(1), seed=1, mirror=True), 4)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        monkeypatch.setattr(data, "process_rows", lambda *_, r=rows: r)
+        stream = data.batches(MARKED, 6, mesh_of(1), seed=1, mirror=True)
+        parts.append([next(stream)["image"] for _ in range(4)])
+    together = np.concatenate([np.concatenate(p) for p in zip(*parts, strict=True)])
+    np.testing.assert_array_equal(whole, together)
+
+
+def test_folder_is_cropped_and_resized(folder):
+    source = data.open_source(str(folder), 4)
+    assert len(source) == 5
+    assert source[0].shape == (4, 4, 3) and source[0].dtype == np.float32
+    np.testing.assert_allclose(
+        [s.mean() for s in source], np.arange(5) / 2.55 - 1, 1e-5
+    )
+    changed = data.fingerprint(source)
+    (folder / "4.png").unlink()
+    assert data.fingerprint(data.open_source(str(folder), 4)) != changed
+
+
+def test_array_file(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    source = data.open_source(str(tmp_path / "a.npy"), 8)
+    np.testing.assert_allclose(source[3], array[3] / 127.5 - 1, 0, 1e-6)
+    assert data.open_source(str(tmp_path / "a.npy"), 4)[0].shape == (4, 4, 3)
+    np.save(tmp_path / "b.npy", array / 255)
+    with pytest.raises(UserError, match="holds float64.*must be uint8"):
+        data.open_source(str(tmp_path / "b.npy"), 8)
+    (tmp_path / "c.npy").write_text("nothing")
+    with pytest.raises(UserError, match="not a .npy file"):
+        data.open_source(str(tmp_path / "c.npy"), 8)
+
+
+def test_too_few_pictures():
+    with pytest.raises(UserError, match="--batch is 16, but --data holds only 12"):
+        data.batches(MARKED, 16, mesh_of(8), seed=0)
+
+
+def test_damaged_picture_is_named(folder):
+    (folder / "2.png").write_bytes(b"\x89PNG nothing")
+    stream = data.batches(data.open_source(str(folder), 4), 5, mesh_of(1), seed=0)
+    with pytest.raises(UserError, match="2.png"):
+        next(stream)
+    assert threading.active_count() < 50
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A prepared TFDS data set of four grey pictures, in the wanted form."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def make(form):
+        class Shades(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                image = tfds.features.Image(shape=(8, 8, 1))
+                return self.dataset_info_from_configs(
+                    features=tfds.features.FeaturesDict({"image": image})
+                )
+
+            def _split_generators(self, _):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for i in range(4):
+                    file = io.BytesIO()
+                    Image.new("L", (8, 8), 60 * i).save(file, "PNG")
+                    # TFDS passes encoded pictures through; arrays need TensorFlow.
+                    yield i, {"image": io.BytesIO(file.getvalue())}
+
+        builder = Shades(data_dir=tmp_path, file_format=form)
+        builder.download_and_prepare()
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds_array_record(prepared):
+    folder = prepared("array_record")
+    source = data.open_source("tfds:shades:train[:75%]", 4, folder)
+    assert len(source) == 3 and source[0].shape == (4, 4, 3)
+    shades = sorted(round((source[i].mean() + 1) * 127.5) for i in range(3))
+    assert all(s % 60 == 0 for s in shades) and len(set(shades)) == 3
+    with pytest.raises(UserError, match="no such split.*it has train"):
+        data.open_source("tfds:shades:test", 4, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds_in_another_form_names_the_command(prepared, tmp_path):
+    folder = prepared("array_record")
+    info = next(tmp_path.glob("shades/*/dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="tfds build shades --file_format=array_record"):
+        data.open_source("tfds:shades:train", 4, folder)
+    with pytest.raises(
+        UserError, match="tfds build nothing --file_format=array_record"
+    ):
+        data.open_source("tfds:nothing:train", 4, folder)
