@@ -214,7 +214,7 @@ def _encoder(value, kind, report):
     opts = value.get("opts")
     opts = opts if isinstance(opts, dict) else {}
     critic = value.get("discriminator_state_dict")
-    kind = kind or _encoder_kind(opts, critic, report)
+    kind = kind or _encoder_kind(parts["encoder"], opts, critic, report)
     report.kind = f"{ {'psp': 'pSp', 'e4e': 'e4e'}[kind] } checkpoint"
     report.licence = LICENCES["encoder"]
     used = {"state_dict", "opts", "latent_avg", "discriminator_state_dict"}
@@ -233,6 +233,8 @@ def _encoder(value, kind, report):
         rows = module.num_ws
     else:
         report.missing.append("no decoder: pictures need another file's generator")
+        if latent_avg is not None:
+            report.read.append(f"average latent: {list(np.shape(latent_avg))}")
         rows = len(np.atleast_2d(latent_avg)) if latent_avg is not None else 18
         rows = rows if rows > 1 else 18
     start = _truth(opts.get("start_from_latent_avg"), latent_avg is not None)
@@ -250,7 +252,7 @@ def _encoder(value, kind, report):
     return networks, params
 
 
-def _encoder_kind(opts: Mapping[str, Any], critic: Any, report: Report) -> str:
+def _encoder_kind(state, opts, critic, report: Report) -> str:
     """`psp` or `e4e`: their networks have the same keys."""
     name = str(opts.get("encoder_type", ""))
     if name in ("Encoder4Editing", "SingleStyleCodeEncoder") or critic is not None:
@@ -259,10 +261,11 @@ def _encoder_kind(opts: Mapping[str, Any], critic: Any, report: Report) -> str:
         return "psp"
     if "stylegan_size" in opts:
         return "e4e"
-    report.notes.append(
-        "the file does not say whether it is of pSp or of e4e; taken for pSp, "
-        "--kind e4e reads it as e4e's"
-    )
+    if "styles.0.linear.weight" in state:
+        report.notes.append(
+            "the file does not say whether it is of pSp or of e4e; taken for pSp, "
+            "--kind e4e reads it as e4e's"
+        )
     return "psp"
 
 
@@ -334,10 +337,8 @@ def to_pt(networks: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
     Raises:
       UserError: none of the networks has an original layout.
     """
-    params = jax.tree.map(np.asarray, dict(params))
-    g = networks.get("generator")
-    d = networks.get("discriminator")
-    e = networks.get("encoder")
+    networks, params = dict(networks), jax.tree.map(np.asarray, dict(params))
+    g, d, e = (networks.get(n) for n in ("generator", "discriminator", "encoder"))
     if g is d is e is None:
         raise UserError(f"{listed(networks)}: none of these has a PyTorch layout")
     generator = stylegan2.generator_state(g, params["generator"]) if g else {}

@@ -135,7 +135,9 @@ def to_params(state: Mapping[str, Any], table: Table, what: str) -> dict[str, An
         try:
             ours = LAYOUTS[layout].to_ours(array)
         except ValueError:
-            raise UserError(f"{key} has the odd shape {list(array.shape)}") from None
+            ours = np.zeros(0)
+        if ours.size != array.size:
+            raise UserError(f"{key} of the {what} has odd shape {list(array.shape)}")
         if not np.isfinite(array).all():
             raise UserError(
                 f"{key} of the {what} holds values that are not finite: the training "

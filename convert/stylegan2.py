@@ -18,8 +18,10 @@ from convert.report import Report
 from jaxstyle import stylegan2
 from jaxstyle.errors import UserError
 from jaxstyle.stylegan2 import Discriminator, Generator, resolutions
+from jaxstyle.weights import check_params
 
 AVERAGE_CODES = 10_000
+MAX_CODE_WIDTH = 4096
 NO_DISCRIMINATOR = (
     "no discriminator: train.jojo needs --perceptual lpips, and train.stylegan2 "
     "starts one from scratch"
@@ -148,6 +150,14 @@ def _widths(size: int, channels: list[int]) -> dict[str, Any]:
     return {"channels": tuple(channels)}
 
 
+def _code_widths(state, first: str, last: str) -> dict[str, int]:
+    """Widths of z and w by the mapping's first and last layer."""
+    widths = {"z_dim": shape(state, first, 2)[1], "w_dim": shape(state, last, 2)[0]}
+    if max(widths.values()) > MAX_CODE_WIDTH:
+        raise UserError(f"the mapping has {widths}; at most {MAX_CODE_WIDTH} are read")
+    return widths
+
+
 def _described(module: Generator | Discriminator) -> str:
     width = (
         f"channels {', '.join(map(str, module.channels))}"
@@ -200,8 +210,7 @@ def generator(
     module = Generator(
         size=size,
         mapping_depth=depth,
-        z_dim=shape(state, "style.1.weight", 2)[1],
-        w_dim=shape(state, f"style.{depth}.weight", 2)[0],
+        **_code_widths(state, "style.1.weight", f"style.{depth}.weight"),
         **_widths(size, channels),
     )
     params = to_params(state, table, what)
@@ -279,8 +288,7 @@ def nvidia_generator(
     module = Generator(
         size=size,
         mapping_depth=depth,
-        z_dim=shape(state, "mapping.fc0.weight", 2)[1],
-        w_dim=shape(state, f"mapping.fc{depth - 1}.weight", 2)[0],
+        **_code_widths(state, "mapping.fc0.weight", f"mapping.fc{depth - 1}.weight"),
         **_widths(size, channels),
     )
     params = to_params(state, table, "generator")
@@ -324,6 +332,8 @@ def average_latent(
       report: says which.
     """
     if latent_avg is None:
+        zeros = np.zeros(module.w_dim, np.float32)
+        check_params({"it": module}, {"it": {**params, "w_avg": zeros}}, "the file")
         report.missing.append(
             f"no average latent: estimated from {AVERAGE_CODES} codes with a fixed key"
         )

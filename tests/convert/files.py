@@ -6,7 +6,14 @@ import jax
 import numpy as np
 
 import convert
-from convert import pt
+from convert import pt, stylegan2
+from convert.layouts import to_state
+from jaxstyle.encoders import (
+    BackboneWEncoder,
+    BackboneWPlusEncoder,
+    Encoder4Editing,
+    GradualStyleEncoder,
+)
 from jaxstyle.stylegan2 import Discriminator, Generator
 
 SIZE, CHANNELS, WIDTH, DEPTH = 16, (8, 6, 4), 8, 2
@@ -43,3 +50,38 @@ def write_small(path, *, legacy=False, **changes):
     value = {k: v for k, v in (small_object() | changes).items() if v is not None}
     pt.write(path, value, legacy=legacy)
     return path
+
+
+def small_nvidia():
+    """State dicts of `small_networks` under NVIDIA's names."""
+    _, params = small_networks()
+    tables = {
+        "generator": stylegan2.nvidia_generator_table(SIZE, DEPTH),
+        "discriminator": stylegan2.nvidia_discriminator_table(SIZE),
+    }
+    return tuple(to_state(params[name], table) for name, table in tables.items())
+
+
+def small_encoder_object(kind):
+    """A pSp or e4e file of a small encoder: `psp`, `e4e`, `w` or `w_plus`."""
+    cls = {
+        "psp": GradualStyleEncoder,
+        "e4e": Encoder4Editing,
+        "w": BackboneWEncoder,
+        "w_plus": BackboneWPlusEncoder,
+    }[kind]
+    pyramid = kind in ("psp", "e4e")
+    module = cls(
+        num_styles=8 if pyramid else 3,
+        **({"size": 32} if pyramid else {}),
+        units=(2, 1, 1, 1),
+        channels=(4, 6, 8, 10),
+        se_ratio=2,
+        w_dim=WIDTH,
+    )
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape, np.float32),
+        jax.eval_shape(lambda: module.init_params(key=jax.random.key(0))),
+    )
+    return convert.to_pt({"encoder": module}, {"encoder": params})

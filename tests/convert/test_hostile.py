@@ -260,7 +260,7 @@ def deep(levels):
 def laughs(levels):
     """Each list holds the one before it twice: 2^levels leaves in a few bytes."""
     step = b"".join(
-        b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1])
+        b"0](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1])
         for i in range(levels)
     )
     return b"\x80\x02]q\x00" + step + b"."
@@ -320,6 +320,26 @@ HOSTILE_PICKLES = {
 }
 
 
+# The rule that must catch it, for those that could fail for another reason.
+REASONS = {
+    "deep nesting": "nested deeper than",
+    "deep tuples": "nested deeper than",
+    "deep dicts": "nested deeper than",
+    "memo bomb": "unfolds to more than",
+    "contains itself": "contains itself",
+    "contains itself deeper": "contains itself",
+    "opcode bomb of dicts": "opcodes",
+    "opcode bomb of marks": "opcodes",
+    "long text": "bytes of text",
+    "text in many pieces": "bytes of text",
+    "bytes longer than the file": "are announced",
+    "tuple as key": "key of type tuple",
+    "key twice": "occurs twice",
+    "state for a type": "takes none",
+    "whole module": "whole module",
+}
+
+
 @pytest.mark.parametrize("form", ["zip", "pickle"])
 @pytest.mark.parametrize("case", HOSTILE_PICKLES)
 def test_pickles(tmp_path, capsys, case, form):
@@ -328,7 +348,9 @@ def test_pickles(tmp_path, capsys, case, form):
         write_zip(path, data)
     else:
         path.write_bytes(data)
-    refused(path, capsys)
+    error = refused(path, capsys)
+    if form == "zip" or case in ("deep nesting", "memo bomb"):
+        assert REASONS.get(case, "") in error
 
 
 def test_a_hidden_bomb_beside_good_weights(tmp_path, capsys):
@@ -514,7 +536,7 @@ def test_random_damage_never_escapes(tmp_path, form):
 
 
 MEASURE = """
-import resource, sys
+import sys
 from convert.__main__ import main
 for path in sys.argv[2:]:
     try:
@@ -523,7 +545,9 @@ for path in sys.argv[2:]:
         assert stop.code == 1
     else:
         raise AssertionError(path)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# ru_maxrss would count the process that started this one.
+status = open("/proc/self/status").read()
+print(int(status.split("VmHWM:")[1].split()[0]))
 """
 
 
@@ -546,6 +570,7 @@ def bombs(folder):
             archive.writestr(f"{i}", b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_stays_bounded(tmp_path):
     bombs(tmp_path)
     paths = sorted(tmp_path.iterdir())
