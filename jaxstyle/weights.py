@@ -9,6 +9,7 @@ ffhq/
 A training run is a folder of the same kind whose parameters are in its checkpoints.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -266,12 +267,14 @@ def _restore(folder: Any) -> Any:
     # Restored as numpy on the host: the saving run's devices need not exist here.
     # Orbax finds nothing under a relative path.
     folder = folder if "://" in os.fspath(folder) else folder.absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        structure = checkpointer.metadata(folder).item_metadata.tree
+    # The handler itself: a checkpointer looks for metadata that a run keeps elsewhere,
+    # and warns.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        structure = handler.metadata(folder).tree
         args = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure
         )
-        return checkpointer.restore(folder, restore_args=args)
+        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
 
 
 def load(

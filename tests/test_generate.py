@@ -8,6 +8,12 @@ from jaxstyle.errors import UserError
 from tests.small_models import GENERATOR, save_base, save_tuned
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Default outputs go to the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("weights") / "base")

@@ -13,6 +13,12 @@ from jaxstyle.errors import UserError
 from tests.small_models import save_base, save_tuned
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Default outputs go to the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("weights")
@@ -245,8 +251,7 @@ def test_folder(art, tmp_path, capsys):
     assert "none of the 4 photos" in error
 
 
-def test_newest_finished_run(art, oil, folder, photo, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_newest_finished_run(art, oil, folder, photo, tmp_path, capsys):
     error = fails(capsys, photo)
     assert "no finished run" in error and "train.jojo" in error
     runs = tmp_path / "runs"

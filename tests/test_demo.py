@@ -1,0 +1,33 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxstyle import demo, images
+from tests.small_models import save_base
+
+
+def test_wrong_pictures(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--ref", str(tmp_path / "art.png")])
+    assert stop.value.code == 1
+    assert "no such picture" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_learns_and_draws(tmp_path):
+    base = save_base(tmp_path / "base", size=32)
+    for name in ("photo", "art"):
+        values = np.random.default_rng(len(name)).integers(
+            0, 255, (40, 40, 3), np.uint8
+        )
+        images.save_image(tmp_path / f"{name}.png", values)
+    command = [sys.executable, "-m", "jaxstyle.demo", "--weights", base]
+    command += ["--photo", tmp_path / "photo.png", "--ref", tmp_path / "art.png"]
+    command += ["--steps", "2", "--no-align", "--out", tmp_path / "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "demo" / "demo.png")
+    # Photo, reference and three intensities.
+    assert images.open_image(tmp_path / "demo" / "demo.png").width == 5 * 256 + 4 * 2
+    assert "learning the style of art.png in 2 steps" in done.stdout
