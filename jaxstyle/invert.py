@@ -74,6 +74,7 @@ class Search:
 
 
 DEFAULT = Search()
+_NUMBERS = ("steps", "search_lr", "search_noise", "pull", "mse")
 
 
 def statistics(generator: Generator, params: Params) -> tuple[Array, Array]:
@@ -112,7 +113,7 @@ def _codes(point: Params, frozen: Params, space: str, noise: Array | float) -> A
     return w[:, None] + frozen["sigma"] * point["rows"]
 
 
-def _judge(frozen: Params, image: Array, judge: nn.Module, mse: float) -> Array:
+def _judge(frozen: Params, image: Array, judge: nn.Module) -> Array:
     """Distance [n] of pictures [n, size, size, 3] to their targets."""
     small = for_lpips(image)
     distance = judge.apply(
@@ -122,81 +123,70 @@ def _judge(frozen: Params, image: Array, judge: nn.Module, mse: float) -> Array:
         method="feature_distance",
     )
     pixels = jnp.mean(jnp.square(image - frozen["targets"]), (1, 2, 3))
-    return distance + mse * pixels
+    return distance + frozen["search"]["mse"] * pixels
 
 
 @partial(
     jax.jit,
-    static_argnames=("generator", "judge", "search"),
+    static_argnames=("generator", "judge", "space"),
     donate_argnames=("point", "moments"),
 )
-def _step(point, moments, frozen, step, *, generator, judge, search):
+def _step(point, moments, frozen, step, *, generator, judge, space):
     """One step of every picture's search; the searches do not touch each other."""
-    done = step / search.steps
-    fade = jnp.maximum(0.0, 1 - done / 0.75) ** 2
+    search = frozen["search"]
+    done = step / search["steps"]
     # One draw for all pictures: a picture gets the same code alone and in a batch.
-    noise = (
-        search.search_noise
-        * fade
-        * jax.random.normal(
-            jax.random.fold_in(frozen["key"], step), point["base"].shape[1:]
-        )
+    noise = jax.random.normal(
+        jax.random.fold_in(frozen["key"], step), point["base"].shape[1:]
     )
+    noise *= search["search_noise"] * jnp.maximum(0.0, 1 - done / 0.75) ** 2
 
     def loss(point):
-        codes = _codes(point, frozen, search.space, noise)
-        image, _ = generator.apply(
-            {"params": frozen["generator"]}, codes, space=search.space
-        )
-        losses = _judge(frozen, image, judge, search.mse)
-        if search.space != "z":
-            losses += search.pull * sum(
+        codes = _codes(point, frozen, space, noise)
+        image, _ = generator.apply({"params": frozen["generator"]}, codes, space=space)
+        losses = _judge(frozen, image, judge)
+        if space != "z":
+            losses += search["pull"] * sum(
                 jnp.mean(jnp.square(x), tuple(range(1, x.ndim))) for x in point.values()
             )
         return jnp.sum(losses), losses
 
     (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(point)
     if "rows" in point:
-        free = done >= 1 / 3
-        gradient["rows"] = jnp.where(free, gradient["rows"], 0.0)
-    rise = jnp.minimum(1.0, done / 0.05)
-    fall = 0.5 - 0.5 * jnp.cos(jnp.pi * jnp.minimum(1.0, (1 - done) / 0.25))
+        gradient["rows"] = jnp.where(done >= 1 / 3, gradient["rows"], 0.0)
     moves, moments = optax.scale_by_adam().update(gradient, moments)
-    rate = search.search_lr * rise * fall
-    return optax.apply_updates(point, jax.tree.map(lambda m: -rate * m, moves)), (
-        moments,
-        losses,
-    )
+    rise = jnp.minimum(1.0, (done + 1 / search["steps"]) / 0.05)
+    fall = 0.5 - 0.5 * jnp.cos(jnp.pi * jnp.minimum(1.0, (1 - done) / 0.25))
+    rate = search["search_lr"] * rise * fall
+    point = optax.apply_updates(point, jax.tree.map(lambda m: -rate * m, moves))
+    return point, moments, losses
 
 
-@partial(jax.jit, static_argnames=("generator", "judge", "search"))
-def _start(frozen, *, generator, judge, search):
+@partial(jax.jit, static_argnames=("generator", "judge", "space"))
+def _start(frozen, *, generator, judge, space):
     """Where the searches begin: the average code, or in z the best of some draws."""
     n = frozen["targets"].shape[0]
-    if search.space != "z":
+    if space != "z":
         point = {"base": jnp.zeros((n, generator.w_dim))}
-        if search.space == "w_plus":
+        if space == "w_plus":
             point["rows"] = jnp.zeros((n, generator.num_ws, generator.w_dim))
         return point
 
     def score(z):
         image, _ = generator.apply({"params": frozen["generator"]}, z[None])
-        return _judge(frozen, image, judge, search.mse)
+        return _judge(frozen, image, judge)
 
     z = jax.random.normal(frozen["key"], (CANDIDATES, generator.z_dim))
     return {"base": z[jnp.argmin(jax.lax.map(score, z), 0)]}
 
 
-@partial(jax.jit, static_argnames=("generator", "search"))
-def _finish(point, frozen, *, generator, search):
-    codes = _codes(point, frozen, search.space, 0.0)
-    image, out = generator.apply(
-        {"params": frozen["generator"]}, codes, space=search.space
-    )
-    return {k: out[k] for k in ("w", "w_plus") if k in out} | {
-        search.space: codes,
-        "images": image,
-    }
+@partial(jax.jit, static_argnames=("generator", "space"))
+def _finish(point, frozen, *, generator, space):
+    """Codes without noise, and their pictures."""
+    codes = _codes(point, frozen, space, 0.0)
+    image, out = generator.apply({"params": frozen["generator"]}, codes, space=space)
+    found = {k: out[k] for k in ("w", "w_plus") if k in out}
+    return found | {space: codes, "images": image}
 
 
 def optimize(
@@ -258,24 +248,27 @@ def optimize(
         "w_avg": w_avg,
         "sigma": sigma,
         "key": key,
+        # As data, not constants: other values need no new compilation.
+        "search": {k: np.float32(getattr(search, k)) for k in _NUMBERS},
     }
-    static = {"generator": generator, "judge": judge, "search": search}
-    point = _start(frozen, **static)
+    static = {"generator": generator, "space": search.space}
+    point = _start(frozen, judge=judge, **static)
     moments = optax.scale_by_adam().init(point)
     kept, every = [], max(1, search.steps // max(1, snapshots))
-    losses = None
     with tqdm(total=search.steps, desc="invert", disable=not progress) as bar:
         for step in range(search.steps):
             if snapshots and step % every == 0:
-                kept.append(_finish(point, frozen, generator=generator, search=search))
-            point, (moments, losses) = _step(point, moments, frozen, step, **static)
+                kept.append(_finish(point, frozen, **static)["w_plus"])
+            point, moments, losses = _step(
+                point, moments, frozen, step, judge=judge, **static
+            )
             if step % 10 == 9 or step == search.steps - 1:
                 # Reading the loss waits for the device: not at every step.
                 bar.set_postfix(loss=f"{float(losses.mean()):.4f}")
             bar.update()
-    out = _finish(point, frozen, generator=generator, search=search)
+    out = _finish(point, frozen, **static)
     if snapshots:
-        out["path"] = jnp.stack([k["w_plus"] for k in [*kept, out]])
+        out["path"] = jnp.stack([*kept, out["w_plus"]])
     return out | {"loss": losses}
 
 
