@@ -11,6 +11,7 @@ from jaxstyle import images, pipeline, stylize, weights
 from jaxstyle.encoders import BackboneWPlusEncoder
 from jaxstyle.errors import UserError
 from tests.small_models import save_base, save_tuned
+from train import jojo
 
 
 @pytest.fixture(autouse=True)
@@ -271,6 +272,16 @@ def test_unaligned_input(art, photo, capsys, tmp_path):
     """A picture in which no face is found."""
     error = fails(capsys, photo, "--weights", art, "--out", tmp_path)
     assert "no face found" in error and "--no-align" in error and "--eyes" in error
+
+
+def test_missing_discriminator(art, photo, tmp_path, capsys):
+    """A finetuned generator alone cannot learn a further style by its features."""
+    with pytest.raises(UserError, match="hold no discriminator; they hold generator"):
+        _ = weights.load(art)[0].discriminator
+    with pytest.raises(SystemExit):
+        jojo.main(["--ref", str(photo), "--weights", art, "--no-align"])
+    error = capsys.readouterr().err
+    assert "hold no discriminator" in error and "--perceptual lpips" in error
 
 
 def test_weights_that_do_not_fit(base, art, folder, photo, capsys):
