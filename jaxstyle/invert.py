@@ -255,13 +255,15 @@ def optimize(
     point = _start(frozen, judge=judge, **static)
     moments = optax.scale_by_adam().init(point)
     kept, every = [], max(1, search.steps // max(1, snapshots))
-    with tqdm(total=search.steps, desc="invert", disable=not progress) as bar:
+    with tqdm(total=search.steps, desc="compile", disable=not progress) as bar:
         for step in range(search.steps):
             if snapshots and step % every == 0:
                 kept.append(_finish(point, frozen, **static)["w_plus"])
             point, moments, losses = _step(
                 point, moments, frozen, step, judge=judge, **static
             )
+            if step == 0:
+                bar.set_description("invert")
             if step % 10 == 9 or step == search.steps - 1:
                 # Reading the loss waits for the device: not at every step.
                 bar.set_postfix(loss=f"{float(losses.mean()):.4f}")
