@@ -130,9 +130,10 @@ def _stripped(state: Any) -> dict[str, Any]:
 
 
 def _ignore(value: Mapping[str, Any], used: set[str], report: Report) -> None:
-    for key in value:
-        if key not in used:
-            report.ignored.append(f"{key:.80}: {IGNORED.get(key, 'not known')}")
+    rest = [key for key in value if key not in used]
+    report.ignored += [f"{key}: {IGNORED[key]}" for key in rest if key in IGNORED]
+    if unknown := [key for key in rest if key not in IGNORED]:
+        report.ignored.append(f"{listed(unknown)}: not known")
 
 
 def _rosinality(value, report):

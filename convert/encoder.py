@@ -105,18 +105,18 @@ def encoder(
     state = without(state, r"num_batches_tracked$", "counters of batches", report)
     if any(re.match(r"output_layer\.", k) for k in state):
         raise UserError("it is an ArcFace backbone, not an encoder")
-    blocks = highest(state, r"body\.(\d+)\.") + 1
+    blocks = highest(state, r"body\.(\d+)\.", 200) + 1
     shortcuts = {
         i for i in range(blocks) if f"body.{i}.shortcut_layer.0.weight" in state
     }
     starts = sorted({0} | shortcuts)
     units = tuple(np.diff([*starts, blocks]).tolist())
-    rows = highest(state, r"styles\.(\d+)\.") + 1
+    rows = highest(state, r"styles\.(\d+)\.", 40) + 1
     convs = [
-        highest(state, rf"styles\.{row}\.convs\.(\d+)\.") // 2 + 1
+        highest(state, rf"styles\.{row}\.convs\.(\d+)\.", 40) // 2 + 1
         for row in range(rows)
     ]
-    laterals = highest(state, r"latlayer(\d+)\.")
+    laterals = highest(state, r"latlayer(\d+)\.", 8)
     table = encoder_table(units, shortcuts, convs, max(laterals, 0))
     if not rows:
         _layer(table, "linear", ("dense",), "dense")
@@ -188,7 +188,7 @@ def latent_discriminator(
     state: Mapping[str, Any], report: Report
 ) -> tuple[LatentDiscriminator, dict[str, Any]]:
     """e4e's latent discriminator."""
-    depth = highest(state, r"mlp\.(\d+)\.") // 2 + 1
+    depth = highest(state, r"mlp\.(\d+)\.", 40) // 2 + 1
     table = latent_discriminator_table(depth)
     check_keys(state, table, "latent discriminator")
     width = shape(state, "mlp.0.weight", 2)[1]

@@ -104,10 +104,17 @@ def shape(state: Mapping[str, Any], key: str, axes: int) -> tuple[int, ...]:
     return got
 
 
-def highest(state: Mapping[str, Any], pattern: str) -> int:
-    """The highest number that `pattern` captures at the start of a key, -1 if none."""
+def highest(state: Mapping[str, Any], pattern: str, limit: int = 2000) -> int:
+    """The highest number that `pattern` captures at the start of a key, -1 if none.
+
+    Raises:
+      UserError: it is above `limit`.
+    """
     found = (re.match(pattern, key) for key in state)
-    return max((int(m[1]) for m in found if m and len(m[1]) < 6), default=-1)
+    number = max((int(m[1][:9]) for m in found if m), default=-1)
+    if number > limit:
+        raise UserError(f"the number {number} in its keys is above {limit}")
+    return number
 
 
 def to_params(state: Mapping[str, Any], table: Table, what: str) -> dict[str, Any]:

@@ -33,10 +33,16 @@ def read(data: memoryview) -> Any:
     if b"dnnlib.tflib" in bytes(data[:4096]):
         raise UserError(TENSORFLOW)
     tensors = pt.tensor_functions(len(data))
+    left = len(data)
 
     def storage(raw):
+        nonlocal left
         if not isinstance(raw, (bytes, memoryview)):
             raise UserError("a storage that is no bytes")
+        # The same bytes may be named any number of times.
+        left -= len(raw)
+        if left < 0:
+            raise UserError(f"its storages unfold to more than its {len(data)} bytes")
         nested = pt.parse(memoryview(raw), pt.tensor_functions(len(raw)))
         if not isinstance(nested, np.ndarray):
             raise UserError("a storage that holds something else")

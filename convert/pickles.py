@@ -22,7 +22,7 @@ MAX_OPCODES = 1_000_000
 MAX_TEXT = 1 << 24
 MAX_INT_BYTES = 16
 MAX_DEPTH = 64
-MAX_OBJECTS = 10_000_000
+MAX_OBJECTS = 2_000_000
 
 # Argument of each opcode: a struct format, `line` for text up to a newline, `bytes*`
 # and `text*` for a length of 1, 4 or 8 bytes and that many bytes. Opcodes that are
@@ -63,7 +63,7 @@ _ARGUMENTS = dict.fromkeys(_NO_ARGUMENT.encode("latin-1"), "") | {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Global:
     """A name in a pickle: never more than these two strings."""
 
@@ -166,6 +166,8 @@ def load(
         value, end = _run(data, position, functions, persistent)
     except UserError:
         raise
+    except RecursionError:
+        raise damaged("it is nested too deeply") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as e:
         raise damaged(f"{type(e).__name__}, {e}") from None
     _check_nesting(value)
@@ -176,7 +178,8 @@ def _run(data, position, functions, persistent):
     stack: list[Any] = []
     below: list[list] = []  # the stacks under each open mark
     memo: dict[int, Any] = {}
-    text_left = MAX_TEXT
+    globals_seen: dict[str, Global] = {}
+    text_left, states_left = MAX_TEXT, MAX_OPCODES
 
     def since_mark():
         nonlocal stack
@@ -214,10 +217,10 @@ def _run(data, position, functions, persistent):
         return functions[str(function)](*arguments)
 
     def find(module, name):
-        found = Global(module, name)
-        if str(found) not in functions:
-            raise UserError(f"refused global {str(found)!r:.200}")
-        return found
+        full = f"{module}.{name}"
+        if full not in functions:
+            raise UserError(f"refused global {full!r:.200}")
+        return globals_seen.setdefault(full, Global(module, name))
 
     for _ in range(MAX_OPCODES):
         op, argument, position = _argument(data, position)
@@ -337,6 +340,10 @@ def _run(data, position, functions, persistent):
                 elif type(state) is not dict:
                     raise damaged("a state that is no dict")
                 elif type(stack[-1]) is Record:
+                    # One state may be handed to any number of records.
+                    states_left -= len(state)
+                    if states_left < 0:
+                        raise damaged("its states are too large")
                     stack[-1].update(state)
             case "Q":
                 if persistent is None:

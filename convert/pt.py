@@ -10,6 +10,7 @@ Tensors come back as read-only numpy views of the mapped file; `bfloat16` is
 
 import mmap
 import os
+import re
 import stat
 import struct
 import tempfile
@@ -29,6 +30,8 @@ PROTOCOL = 1001
 # to much more than that.
 VIEW_SLACK = 1 << 26
 MAX_AXES = 8
+# The magic number as the first pickle, in protocol 2 to 3 or framed in 4 and above.
+_LEGACY_START = rb"\x80.(\x95.{8})?\x8a\x0a" + re.escape(MAGIC.to_bytes(10, "little"))
 
 STORAGES = {
     "torch.FloatStorage": np.dtype("<f4"),
@@ -69,7 +72,7 @@ def container(data: memoryview) -> str:
     head = bytes(data[:64])
     if head.startswith(b"PK"):
         return "zip"
-    if MAGIC.to_bytes(10, "little") in head:
+    if re.match(_LEGACY_START, head, re.DOTALL):
         return "legacy"
     if head[:1] == b"\x80":
         return "pickle"
@@ -217,7 +220,7 @@ def tensor_functions(file_size: int) -> dict[str, Callable]:
       file_size: all tensors together may take this many bytes (and some slack for
         small views that repeat memory).
     """
-    left = file_size + VIEW_SLACK
+    left, pairs_left = file_size + VIEW_SLACK, pickles.MAX_OPCODES
 
     def rebuild_tensor(storage, offset, size, stride, *_):
         nonlocal left
@@ -236,6 +239,10 @@ def tensor_functions(file_size: int) -> dict[str, Callable]:
         return data
 
     def ordered_dict(pairs=()):
+        nonlocal pairs_left
+        pairs_left -= len(pairs)
+        if pairs_left < 0:
+            raise UserError("its OrderedDicts are too large")
         if type(pairs) not in (list, tuple) or any(len(p) != 2 for p in pairs):
             raise UserError("an OrderedDict of something else than pairs")
         if any(type(k) not in (str, int) for k, _ in pairs):
@@ -292,8 +299,8 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
 
 
 def _plain_tuple(items=()):
-    if type(items) not in (tuple, list):
-        raise UserError("a size that is no tuple")
+    if type(items) not in (tuple, list) or len(items) > MAX_AXES:
+        raise UserError("a size that is no short tuple")
     return tuple(items)
 
 
@@ -304,15 +311,15 @@ def _plain_list(items=()):
 
 
 def _number_or_text(part):
-    if type(part) not in (int, str):
-        raise UserError("a device that is no name")
+    if type(part) not in (int, str) or len(str(part)) > 20:
+        raise UserError("a device that is no short name")
     return str(part)
 
 
 def _latin1(text, encoding):
-    # How protocol 2 spells bytes.
-    if type(text) is not str or encoding != "latin1":
-        raise UserError("encoded text that is not latin1")
+    # How protocol 2 spells the bytes of a numpy number.
+    if type(text) is not str or encoding != "latin1" or len(text) > 16:
+        raise UserError("encoded text that is no short latin1")
     return text.encode("latin-1")
 
 

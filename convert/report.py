@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxstyle.errors import one_line
+
 
 @dataclasses.dataclass
 class Report:
@@ -31,7 +33,11 @@ class Report:
         for name in ("read", "ignored", "missing", "notes"):
             label = {"notes": "note"}.get(name, name)
             lines += [f"  {label:8} {entry}" for entry in getattr(self, name)]
-        return [*lines, f"  {'licence':8} {self.licence}"]
+        lines.append(f"  {'licence':8} {self.licence}")
+        # Keys come from the file: no line breaks, no control characters.
+        return [
+            line[: len(line) - len(line.lstrip())] + one_line(line) for line in lines
+        ]
 
     def metadata(self) -> dict:
         """What is kept in the network folder's config."""

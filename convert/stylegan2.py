@@ -174,9 +174,11 @@ def _described(module: Generator | Discriminator) -> str:
 
 def without(state: Mapping[str, Any], pattern: str, why: str, report: Report) -> dict:
     """`state` without the keys that match, which the report names as ignored."""
-    dropped = [k for k in state if re.search(pattern, k)]
+    dropped = dict.fromkeys(k for k in state if re.search(pattern, k))
     if dropped:
-        report.ignored.append(f"{len(dropped)} arrays like {dropped[0]}: {why}")
+        report.ignored.append(
+            f"{len(dropped)} arrays like {next(iter(dropped))}: {why}"
+        )
     return {k: v for k, v in state.items() if k not in dropped}
 
 
@@ -227,7 +229,7 @@ def _depth(depth: int) -> int:
 def _with_noises(state, table, report):
     """`state` with every noise plane: older files lack them, others have more."""
     wanted = {k: v[0][1] for k, v in table.items() if k.startswith("noises.")}
-    extra = [k for k in state if k.startswith("noises.") and k not in wanted]
+    extra = {k for k in state if k.startswith("noises.") and k not in wanted}
     if extra:
         report.ignored.append(f"{len(extra)} noise planes that no layer reads")
     state = {k: v for k, v in state.items() if k not in extra}

@@ -313,6 +313,12 @@ HOSTILE_PICKLES = {
     "text id": b"\x80\x02P0\n.",
     "protocol 9": b"\x80\x09N.",
     "persistent id of text": b"\x80\x02X\x01\x00\x00\x000Q.",
+    "size of nested tuples": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(("
+    + b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+    + b"X\x03\x00\x00\x00cpuK\x00tQ"
+    + b"K\x00)"
+    + b"\x85" * 100_000
+    + b"K\x01\x85\x89NtR.",
     "whole module": pickles.dump(Persistent(("module", "a", "b", "c"))),
     "half a line": b"\x80\x02cos",
     "line without end": b"\x80\x02c" + b"a" * 100_000,
@@ -335,6 +341,7 @@ REASONS = {
     "bytes longer than the file": "are announced",
     "tuple as key": "key of type tuple",
     "key twice": "occurs twice",
+    "size of nested tuples": "nested too deeply",
     "state for a type": "takes none",
     "whole module": "whole module",
 }
@@ -345,7 +352,7 @@ REASONS = {
 def test_pickles(tmp_path, capsys, case, form):
     path, data = tmp_path / "evil.pt", HOSTILE_PICKLES[case]
     if form == "zip":
-        write_zip(path, data)
+        write_zip(path, data, [b""])
     else:
         path.write_bytes(data)
     error = refused(path, capsys)
@@ -558,8 +565,26 @@ def bombs(folder):
         ("dicts", HOSTILE_PICKLES["opcode bomb of dicts"]),
         ("text", HOSTILE_PICKLES["text in many pieces"]),
         ("memo", laughs(60)),
+        ("globals", b"\x80\x02(" + b"ctorch\nSize\n" * 900_000 + b"l."),
         ("sets", b"\x80\x04(" + b"\x8f\x94" * 450_000 + b"l."),
     ):
+        (folder / name).write_bytes(data)
+    # Something large, then the same call on it again and again.
+    text = b"X" + struct.pack("<I", 1 << 23) + b"a" * (1 << 23)
+    raw = b"".join(pt.legacy_parts(np.zeros(1 << 20, np.float32), storage_only=True))
+    raw = b"B" + struct.pack("<I", len(raw)) + raw
+    pairs = (b"](J" + struct.pack("<i", i) + b"Ne" for i in range(50_000))
+    pairs = b"](" + b"".join(pairs) + b"e"
+    keys = b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(50_000))
+    for name, large, call in (
+        ("encode", text, b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"),
+        ("device", text, b"ctorch\ndevice\nh\x00\x85R"),
+        ("nested", raw, b"ctorch.storage\n_load_from_bytes\nh\x00\x85R"),
+        ("pairs", pairs, b"ccollections\nOrderedDict\nh\x00\x85R"),
+        ("size", b"](" + b"K\x01" * 100_000 + b"e", b"ctorch\nSize\nh\x00\x85R"),
+        ("states", b"}(" + keys + b"u", b"cargparse\nNamespace\n)\x81h\x00b"),
+    ):
+        data = b"\x80\x03](" + large + b"q\x00" + call * 1000 + b"e."
         (folder / name).write_bytes(data)
     value = {f"x{i}": tensor(size=(1 << 20,), stride=(0,)) for i in range(1000)}
     write_zip(folder / "views", pickles.dump({"g": value}), [bytes(24)])
