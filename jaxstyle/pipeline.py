@@ -1,7 +1,6 @@
 """What the inference commands share: number lists, codes, runs, pictures in batches."""
 
 import io
-import json
 import os
 import re
 import zipfile
@@ -201,7 +200,9 @@ def newest_run(runs: str | os.PathLike = "runs") -> str:
       UserError: there is none.
     """
     found = []
-    for summary in Path(runs).glob("*/summary.json"):
+    # The demo keeps its run one folder deeper.
+    root = Path(runs)
+    for summary in [*root.glob("*/summary.json"), *root.glob("*/*/summary.json")]:
         try:
             config = weights.read_config(summary.parent)
             finished = summary.stat().st_mtime
@@ -216,16 +217,6 @@ def newest_run(runs: str | os.PathLike = "runs") -> str:
             "--weights"
         )
     return max(found)[1]
-
-
-def options_of(run: str | os.PathLike) -> dict[str, Any]:
-    """The options a run was started with; empty for plain network folders."""
-    try:
-        return json.loads((weights.resolve(run) / "options.json").read_text())[
-            "options"
-        ]
-    except (OSError, ValueError, KeyError):
-        return {}
 
 
 # Pictures
