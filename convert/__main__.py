@@ -24,9 +24,11 @@ class Options:
     stylegan2-ada-pytorch. No code in it is ever run.
     """
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File to read; with --to pt, a network folder or run of ours."""
-    out: tyro.conf.Positional[str | None] = None
+    out: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = (
+        None
+    )
     """Network folder to write; a .npz file for codes and directions; a .pt file."""
     check: bool = False
     """Only list what the file holds; write nothing."""

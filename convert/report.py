@@ -30,14 +30,11 @@ class Report:
     def lines(self) -> list[str]:
         """The report as lines to print."""
         lines = [f"{self.source.get('file', 'file')}: {self.kind}"]
-        for name in ("read", "ignored", "missing", "notes"):
-            label = {"notes": "note"}.get(name, name)
-            lines += [f"  {label:8} {entry}" for entry in getattr(self, name)]
-        lines.append(f"  {'licence':8} {self.licence}")
-        # Keys come from the file: no line breaks, no control characters.
-        return [
-            line[: len(line) - len(line.lstrip())] + one_line(line) for line in lines
-        ]
+        parts = {"read": self.read, "ignored": self.ignored, "missing": self.missing}
+        for name, entries in (parts | {"note": self.notes}).items():
+            # Keys come from the file: no line breaks, no control characters.
+            lines += [f"  {name:8} {one_line(entry)}" for entry in entries]
+        return [*lines, f"  {'licence':8} {self.licence}"]
 
     def metadata(self) -> dict:
         """What is kept in the network folder's config."""

@@ -1,5 +1,7 @@
 """Original → ours → original is bit-equal, in both containers."""
 
+import zipfile
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -62,6 +64,15 @@ def test_reader_gives_what_the_writer_took(tmp_path, legacy):
     }
     pt.write(tmp_path / "a.pt", value, legacy=legacy)
     assert_same(pt.read(tmp_path / "a.pt"), value)
+
+
+def test_zip64(tmp_path, monkeypatch):
+    # Files above 4 GB, or of very many entries, spell their sizes differently.
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    path = write_small(tmp_path / "a.pt")
+    assert b"PK\6\6" in path.read_bytes()
+    assert_same(pt.read(path), small_object())
 
 
 def test_writing_is_deterministic_and_whole(tmp_path):
