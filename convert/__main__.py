@@ -13,6 +13,7 @@ import convert
 from convert import pt
 from jaxstyle import weights
 from jaxstyle.errors import UserError, cli
+from jaxstyle.options import parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Options:
 @cli
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry."""
-    options = tyro.cli(Options, args=arguments, prog="python -m convert")
+    options = parse(Options, "convert", None, arguments)
     if options.out is None and not options.check:
         raise UserError("OUT is missing: where to write, or --check to only list")
     if options.out and os.path.exists(options.out) and not options.force:

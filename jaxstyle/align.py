@@ -24,6 +24,7 @@ from PIL import Image
 
 from jaxstyle import images
 from jaxstyle.errors import UserError, cli, one_line
+from jaxstyle.options import parse
 
 WAYS_OUT = (
     "give the eyes and the mouth by hand (--eyes x,y x,y --mouth x,y), a file of "
@@ -406,7 +407,7 @@ class Options:
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m jaxstyle.align`."""
-    options = tyro.cli(Options, args=args, prog="python -m jaxstyle.align")
+    options = parse(Options, "jaxstyle.align", None, args)
     if not 8 <= options.size <= 4096:
         raise UserError(f"--size is {options.size}; it must be between 8 and 4096")
     paths = images.image_files(options.photo)

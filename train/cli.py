@@ -13,6 +13,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jaxstyle.errors import UserError
+from jaxstyle.options import join_help
 from train import sharding
 
 
@@ -76,6 +77,7 @@ def parse(
       description: shown by --help, usually the module's docstring.
       args: instead of the command line.
     """
+    join_help(options_class)
     options = tyro.cli(options_class, args=args, description=description)
     run = options.run
     for name in ("steps", "batch", "log_every"):
