@@ -217,35 +217,41 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
             f"--psi is {options.psi}, but style vectors cannot be truncated; give "
             "w_plus codes or leave --psi at 1"
         )
-    drawn = {}
-    for suffix, (module, values) in networks.items():
-        chosen = codes
-        if space != "styles":
-            chosen = pipeline.to_w_plus(
-                module, values, codes, space, **truncation(options)
+    kept: dict[str, list] = {suffix: [] for suffix in networks}
+    # A batch at a time: thousands of large pictures would not fit into memory.
+    for start in range(0, len(labels), options.batch):
+        part = slice(start, start + options.batch)
+        for suffix, (module, values) in networks.items():
+            chosen = jax.tree.map(lambda x, p=part: x[p], codes)
+            if space != "styles":
+                chosen = pipeline.to_w_plus(
+                    module, values, chosen, space, **truncation(options)
+                )
+            drawn = pipeline.pictures(
+                module,
+                values,
+                chosen,
+                space="styles" if space == "styles" else "w_plus",
+                noise=options.noise_mode,
+                keys=pipeline.seed_keys(seeds[part], 1),
+                batch=options.batch,
             )
-        drawn[suffix] = pipeline.pictures(
-            module,
-            values,
-            chosen,
-            space="styles" if space == "styles" else "w_plus",
-            noise=options.noise_mode,
-            keys=pipeline.seed_keys(seeds, 1),
-            batch=options.batch,
-        )
-        for label, picture in zip(labels, drawn[suffix], strict=True):
-            write(epath.Path(options.out) / (label + suffix), picture, options.format)
-    print(f"{len(labels) * len(drawn)} pictures in {options.out}")
+            for label, picture in zip(labels[part], drawn, strict=True):
+                path = epath.Path(options.out) / (label + suffix)
+                write(path, picture, options.format)
+                if options.grid:
+                    kept[suffix].append(images.to_pil(picture))
+    print(f"{len(labels) * len(networks)} pictures in {options.out}")
     if options.grid:
         if options.compare:
             sheet = images.grid(
-                [*drawn["-base"], *drawn[""]],
+                kept["-base"] + kept[""],
                 len(labels),
                 column_labels=labels,
                 row_labels=[Path(options.compare).name, Path(options.weights).name],
             )
         else:
-            sheet = images.grid(drawn[""], captions=labels)
+            sheet = images.grid(kept[""], captions=labels)
         print(images.save_image(epath.Path(options.out) / "grid.png", sheet))
 
 

@@ -38,7 +38,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
+        if first > last or last >= 2**32:
             raise UserError(
                 f"{option} is {text!r}; it must be numbers and ranges such as 0-3,7"
             )

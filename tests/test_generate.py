@@ -39,7 +39,7 @@ def fails(capsys, *args):
 
 def test_parse_numbers():
     assert pipeline.parse_numbers("0-3, 7,20-20", "--seeds") == [0, 1, 2, 3, 7, 20]
-    for text in ("", "a", "3-1", "-1", "1-", "1,,2", "0-99999"):
+    for text in ("", "a", "3-1", "-1", "1-", "1,,2", "0-99999", "4294967296"):
         with pytest.raises(UserError, match="--seeds"):
             pipeline.parse_numbers(text, "--seeds")
 
