@@ -133,15 +133,6 @@ def _argument(data: memoryview, position: int) -> tuple[int, Any, int]:
     return op, data[position : position + value], position + value
 
 
-def skip(data: memoryview, position: int = 0) -> int:
-    """End of the pickle that starts at `position`, without building anything."""
-    for _ in range(MAX_OPCODES):
-        op, _, position = _argument(data, position)
-        if op == ord("."):
-            return position
-    raise damaged(f"more than {MAX_OPCODES} opcodes")
-
-
 def load(
     data: memoryview,
     position: int,

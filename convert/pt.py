@@ -33,6 +33,11 @@ MAX_AXES = 8
 # The magic number as the first pickle, in protocol 2 to 3 or framed in 4 and above.
 _LEGACY_START = rb"\x80.(\x95.{8})?\x8a\x0a" + re.escape(MAGIC.to_bytes(10, "little"))
 
+_REBUILD = (
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+)
 STORAGES = {
     "torch.FloatStorage": np.dtype("<f4"),
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -151,43 +156,40 @@ def _parse_legacy(data, functions):
         raise UserError("its header is not that of a file of torch.save")
     if system.get("little_endian") is not True:
         raise UserError("it was written on a big-endian machine")
-    storages: dict[str, np.ndarray] = {}
-    left = len(data)
+    # The object stands before the storages it is made of, and their places follow from
+    # the types it names: read it once for those, and again with the storages.
+    start = position
+    types: dict[str, tuple[np.dtype, int]] = {}
 
-    def find(key, dtype, count):
-        # The contents follow after the object: make room now, fill it below.
-        nonlocal left
-        left -= count * dtype.itemsize
-        if left < 0:
-            raise UserError(
-                f"storage {key:.40} is larger than the file (an interrupted download?)"
-            )
-        storages[key] = np.zeros(count, dtype)
-        return storages[key]
+    def note(key, dtype, count):
+        types[key] = dtype, count
 
-    value, position = pickles.load(data, position, functions, _storages(find))
+    blind = functions | dict.fromkeys(_REBUILD, lambda *_: None)
+    _, position = pickles.load(data, start, blind, _storages(note))
     keys, position = pickles.load(data, position, {})
     if type(keys) is not list or any(type(k) is not str for k in keys):
         raise UserError("its list of storages is damaged")
-    if len(set(keys)) != len(keys) or set(keys) != set(storages):
+    if len(set(keys)) != len(keys) or set(keys) != set(types):
         raise UserError("its list of storages does not fit its tensors")
+    storages: dict[str, np.ndarray] = {}
     for key in keys:
-        storage = storages[key]
-        content = data[position + 8 : position + 8 + storage.nbytes]
-        count = int.from_bytes(data[position : position + 8], "little")
-        if count != storage.size or len(content) != storage.nbytes:
+        dtype, count = types[key]
+        begin, end = position + 8, position + 8 + count * dtype.itemsize
+        announced = int.from_bytes(data[position:begin], "little")
+        if announced != count or end > len(data):
             raise UserError(
-                f"storage {key:.40} has {count} values instead of {storage.size}, or "
-                "the file ends before it does (an interrupted download?)"
+                f"storage {key:.40} has {announced} values instead of {count}, or the "
+                "file ends before it does (an interrupted download?)"
             )
-        storage[:] = np.frombuffer(content, storage.dtype)
-        position += 8 + storage.nbytes
-    return value
+        storages[key] = np.frombuffer(data[begin:end], dtype)
+        position = end
+    find = _storages(lambda key, *_: storages[key])
+    return pickles.load(data, start, functions, find)[0]
 
 
 def _storages(find: Callable[[str, np.dtype, int], np.ndarray]) -> Callable:
     """What a persistent id stands for: a storage as an array [count]."""
-    seen: dict[str, np.ndarray] = {}
+    seen: dict[str, tuple[np.dtype, int, np.ndarray]] = {}
 
     def persistent(identity):
         match identity:
@@ -205,10 +207,10 @@ def _storages(find: Callable[[str, np.dtype, int], np.ndarray]) -> Callable:
         if dtype is None or not key.isascii() or not key.isdigit() or count < 0:
             raise UserError(f"storage {key!r:.40} has an odd type, name or size")
         if key not in seen:
-            seen[key] = find(key, dtype, count)
-        if (seen[key].dtype, seen[key].size) != (dtype, count):
+            seen[key] = dtype, count, find(key, dtype, count)
+        if seen[key][:2] != (dtype, count):
             raise UserError(f"storage {key:.40} is used with two types or sizes")
-        return seen[key]
+        return seen[key][2]
 
     return persistent
 
@@ -255,9 +257,9 @@ def tensor_functions(file_size: int) -> dict[str, Callable]:
         raise UserError("a type is called that may only be named")
 
     return dict.fromkeys(STORAGES, no_call) | {
-        "torch._utils._rebuild_tensor": rebuild_tensor,
-        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-        "torch._utils._rebuild_parameter": rebuild_parameter,
+        _REBUILD[0]: rebuild_tensor,
+        _REBUILD[1]: rebuild_tensor,
+        _REBUILD[2]: rebuild_parameter,
         "torch.Size": _plain_tuple,
         "torch.device": lambda *parts: ":".join(map(_number_or_text, parts)),
         "collections.OrderedDict": ordered_dict,

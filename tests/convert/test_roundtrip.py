@@ -166,7 +166,6 @@ def test_official_pyramids(tmp_path, name):
         assert_same(back["discriminator_state_dict"], critic)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [256, 1024])
 def test_official_large(tmp_path, size):
     value = {
