@@ -115,7 +115,7 @@ def test_path_length_equals_the_original(converted, size):
         return jax.value_and_grad(value, has_aux=True)(params)
 
     (value, (mean, lengths)), grads = penalty(params["generator"], 0.0)
-    # Slopes change at kinks: weights changed by 1e-7 of themselves move the lengths by 2e-4.
+    # Slopes change at kinks: weights changed by 1e-7 of themselves move this by 2e-4.
     assert relative_error(lengths, data["pl_lengths"]) < 5e-4
     assert relative_error(mean, data["pl_mean"]) < 5e-4
     assert relative_error(value, data["pl_penalty"]) < 1e-3
