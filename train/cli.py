@@ -40,6 +40,8 @@ class RunOptions:
     """Iterations between checkpoints; 0: only the last."""
     keep: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
+    tensorboard: bool = False
+    """Write metrics and grids for TensorBoard too (extra: tensorboard)."""
     require: Literal["any", "cpu", "gpu", "tpu"] = "any"
     """Stop unless JAX runs on this kind of device."""
     distributed: Literal["auto", "on", "off"] = "auto"
@@ -62,8 +64,8 @@ Shared = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
 
 # A run may be continued with other values of these.
 FREE = frozenset(
-    "out steps log_every sample_every save_every keep require distributed mesh_style "
-    "mesh_data mesh_fsdp mesh_space debug_nans debug_profile".split()
+    "out steps log_every sample_every save_every keep tensorboard require distributed "
+    "mesh_style mesh_data mesh_fsdp mesh_space debug_nans debug_profile".split()
 )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from jaxstyle.errors import UserError
 from jaxstyle.images import grid, save_image, write_bytes
 
 
@@ -29,15 +30,20 @@ class Log:
       folder: the run folder.
       start: iterations done before; later lines of an interrupted run are dropped.
       steps: iterations in all.
+      tensorboard: write the same to `tensorboard/` too.
+
+    Raises:
+      UserError: TensorBoard is asked for and its extra is not installed.
     """
 
-    def __init__(self, folder: Any, start: int, steps: int):
+    def __init__(self, folder: Any, start: int, steps: int, tensorboard: bool = False):
         self._folder = epath.Path(folder)
         self._path = self._folder / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         self._local = "://" not in str(folder)
         self._steps = steps
-        self._began, self._start = time.monotonic(), start
+        self._began = time.monotonic()
+        self._shown = self._began, start
         self._before = 0.0
         self._lines: list[str] = []
         if self._writes and self._path.exists():
@@ -51,6 +57,7 @@ class Log:
                     self._lines.append(line)
                     self._before = entry["seconds"]
             self.flush()
+        self._board = _tensorboard(folder) if tensorboard and self._writes else None
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -78,13 +85,16 @@ class Log:
         if self._local:
             with open(self._path, "a") as file:
                 file.write(self._lines[-1] + "\n")
+        for key, value in metrics.items() if self._board else ():
+            self._board.add_scalar(key, value, step)
         name = "loss" if "loss" in metrics else next(iter(metrics), None)
         shown = {} if name is None else {name: f"{metrics[name]:.4g}"}
         if not self._bar.disable:
             self._bar.set_postfix(shown)
             return
-        done = step - self._start
-        each = (time.monotonic() - self._began) / max(1, done)
+        (before, previous), now = self._shown, time.monotonic()
+        self._shown = now, step
+        each = (now - before) / max(1, step - previous)
         text = "".join(f"  {k} {v}" for k, v in shown.items())
         left = tqdm.format_interval((self._steps - step) * each)
         self.say(f"step {step}/{self._steps}{text}  {each:.3g} s/step  {left} left")
@@ -106,7 +116,10 @@ class Log:
             columns = images.shape[1] if images.ndim == 5 else None
             flat = images.reshape(-1, *images.shape[-3:])
             path = self._folder / "samples" / f"{step:06d}.png"
-            save_image(path, grid(list(flat), columns))
+            sheet = grid(list(flat), columns)
+            save_image(path, sheet)
+            if self._board:
+                self._board.add_image("samples", np.asarray(sheet), step, None, "HWC")
 
     def flush(self) -> None:
         """Rewrite `metrics.jsonl` whole: object stores cannot append."""
@@ -116,5 +129,17 @@ class Log:
     def close(self) -> None:
         """End the bar and write what is left."""
         self._bar.close()
+        if self._board:
+            self._board.close()
         if not self._local:
             self.flush()
+
+
+def _tensorboard(folder: Any) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs an extra: pip install 'jaxstyle[tensorboard]'"
+        ) from None
+    return SummaryWriter(f"{folder}/tensorboard")

@@ -106,7 +106,7 @@ def fit(
     advance = jax.jit(lambda s: s + 1, donate_argnums=0, out_shardings=everywhere)
     finite = jax.jit(_finite, out_shardings=everywhere)
     draw = sample and jax.jit(sample, out_shardings=everywhere)
-    log = Log(folder, begin, run.steps)
+    log = Log(folder, begin, run.steps, run.tensorboard)
     with (
         jax.set_mesh(mesh),
         contextlib.closing(checkpoints),
@@ -122,8 +122,8 @@ def fit(
             (folder / "summary.json").unlink(missing_ok=True)
         pending: tuple[int, dict[str, Array]] | None = None
         for i in range(begin, run.steps):
-            if run.debug_profile and i - begin in (10, 20):
-                _profile(folder, i - begin == 10)
+            if run.debug_profile and i - begin == 10:
+                jax.profiler.start_trace(os.fspath(folder / "profile"))
             batch = {}
             if batches is not None:
                 batch = sharding.global_batch(next(batches), mesh)
@@ -140,6 +140,12 @@ def fit(
                 latest |= _checked(*pending, checkpoints, folder)
             pending, done = (i + 1, metrics), i + 1
             last = done == run.steps
+            if (
+                run.debug_profile
+                and 10 <= i - begin <= 19
+                and (last or i - begin == 19)
+            ):
+                jax.profiler.stop_trace()
             logs = last or done % run.log_every == 0
             saves = last or (run.save_every and done % run.save_every == 0)
             stop = _stop_everywhere(caught, logs)
@@ -278,13 +284,6 @@ def _stop_everywhere(caught: list[int], agree: bool) -> bool:
     )
 
 
-def _profile(folder: Any, begin: bool) -> None:
-    if begin:
-        jax.profiler.start_trace(os.fspath(folder / "profile"))
-    else:
-        jax.profiler.stop_trace()
-
-
 def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
@@ -318,8 +317,14 @@ def check_folder(
       UserError: the folder belongs to a run of other options, naming them.
     """
     path = epath.Path(options.run.out) / "options.json"
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except ImportError as error:
+        raise UserError(
+            f"--out {options.run.out} needs an extra: pip install 'jaxstyle[gcs]' "
+            f"({error})"
+        ) from None
     old, new = json.loads(path.read_text()), describe_run(options, metadata, identity)
     differences = []
     if old["scheme"] != new["scheme"]:

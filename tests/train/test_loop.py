@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -155,6 +156,23 @@ def test_folder_of_another_run_is_refused(tmp_path):
         toy.run(
             toy.options(tmp_path), mesh_of(1), metadata={"scheme": "other"}, **given
         )
+
+
+def test_tensorboard_and_buckets_name_their_extras(tmp_path):
+    for options, extra in (
+        (toy.options(tmp_path / "a", tensorboard=True), "tensorboard"),
+        (toy.options("gs://bucket/run"), "gcs"),
+    ):
+        module = {"tensorboard": "tensorboardX", "gcs": "gcsfs"}[extra]
+        if importlib.util.find_spec(module):
+            pytest.skip(f"{module} is installed")
+        with pytest.raises(UserError, match=rf"pip install 'jaxstyle\[{extra}\]'"):
+            toy.run(options, mesh_of(1))
+
+
+def test_profile(tmp_path):
+    toy.run(toy.options(tmp_path, steps=13, debug_profile=True), mesh_of(1))
+    assert any((tmp_path / "profile").rglob("*.pb"))
 
 
 @pytest.mark.parametrize("save_every", [1, 4])
