@@ -309,7 +309,7 @@ def check_folder(
     metadata: Mapping[str, Any] | None = None,
     identity: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
-    """The `options.json` of the run folder, or None for a new run.
+    """The `options.json` of the run folder, or None when there is nothing to continue.
 
     `fit` calls this; a scheme whose preparation is long may do so before it.
 
@@ -318,7 +318,8 @@ def check_folder(
     """
     path = epath.Path(options.run.out) / "options.json"
     try:
-        if not path.exists():
+        # A run that ended before its first checkpoint leaves nothing to protect.
+        if not path.exists() or not weights.checkpoint_steps(path.parent):
             return None
     except ImportError as error:
         raise UserError(

@@ -185,6 +185,13 @@ def test_metric_that_is_not_finite_stops_the_run(tmp_path, save_every):
     kept = "checkpoint 2 stays" if saved else "no checkpoint"
     assert kept in str(error.value)
     assert not (tmp_path / "summary.json").exists()
+    again = toy.options(tmp_path, steps=3)
+    if saved:
+        with pytest.raises(UserError, match="nan-metric-at 2 → -1"):
+            toy.run(again, mesh_of(2))
+    else:
+        # Nothing was saved: the folder may be used anew with other options.
+        assert int(toy.run(again, mesh_of(2)).step) == 3
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path):
