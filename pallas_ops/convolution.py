@@ -1,73 +1,174 @@
-"""Plain, up- and down-sampling convolutions with gradients that stay fast on a CPU."""
+"""Plain, up- and down-sampling convolutions with gradients that stay fast on a CPU.
+
+Every form was chosen by its time, forward and gradient. Accelerators take one
+`lax` convolution each. On a CPU:
+
+| operation                       | form                                             |
+| ------------------------------- | ------------------------------------------------ |
+| plain, and its input gradient   | one SAME convolution                             |
+| its weight gradient             | one convolution; above `LARGE`, blocks of rows   |
+| up (transposed, blur)           | four small convolutions, one an output phase     |
+| its input gradient (blur, down) | four small convolutions, one an input phase      |
+| its weight gradient             | nine matmuls; above `LARGE`, blocks of rows      |
+
+A block of rows is a matmul of its 3×3 patches, small enough for the cache.
+"""
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_ops.adjoint import bilinear_trio
-from pallas_ops.upfirdn import downsample2d, fir
+from pallas_ops.upfirdn import blur, downsample2d
+
+# Elements of an activation above which its weight gradient goes block by block, and
+# the pixels of a block.
+LARGE = 2**22
+BLOCK_PIXELS = 512
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # A weight's gradient is a convolution whose kernel is the other activation: channels
 # take the place of the batch, the batch is summed over.
 WEIGHT_DIMENSIONS = ("CHWN", "IHWO", "HWNC")
+VALID = ((0, 0), (0, 0))
+
+
+def _conv(x: Array, weight: Array, padding=((1, 1), (1, 1)), **options) -> Array:
+    """`lax` convolution of stride 1 unless said otherwise, NHWC by HWIO."""
+    options = {"window_strides": (1, 1), "dimension_numbers": DIMENSIONS} | options
+    return lax.conv_general_dilated(x, weight, padding=padding, **options)
 
 
 def _transposed(weight: Array) -> Array:
     return weight.swapaxes(2, 3)
 
 
-def _conv(x: Array, weight: Array) -> Array:
-    return lax.conv_general_dilated(
-        x, weight, (1, 1), "SAME", dimension_numbers=DIMENSIONS
-    )
+def _patches(x: Array, height: int, width: int, stride: int = 1) -> list[Array]:
+    """The nine shifted windows [b, height, width, c] that a 3×3 kernel sees."""
+    rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
+    return [
+        x[:, i : i + rows : stride, j : j + columns : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
 
 
-def _conv_input(g: Array, weight: Array) -> Array:
+def _weight_by_blocks(padded: Array, other: Array, stride: int = 1) -> Array:
+    """Sum of outer products of 3×3 patches with another activation's pixels.
+
+    Args:
+      padded: [batch, stride * (height - 1) + 3, stride * (width - 1) + 3, a].
+      other: [batch, height, width, b].
+      stride: of the patches.
+
+    Returns:
+      [3, 3, a, b].
+    """
+    batch, height, width, _ = other.shape
+    limit = max(1, BLOCK_PIXELS // (batch * width))
+    rows = max(r for r in range(1, limit + 1) if height % r == 0)
+
+    def add(i, total):
+        start, size = i * rows * stride, (rows - 1) * stride + 3
+        block = lax.dynamic_slice_in_dim(padded, start, size, 1)
+        patches = jnp.concatenate(_patches(block, rows, width, stride), -1)
+        pixels = lax.dynamic_slice_in_dim(other, i * rows, rows, 1)
+        return total + jnp.einsum(
+            "bhwp,bhwo->po", patches, pixels, preferred_element_type=jnp.float32
+        )
+
+    shape = (9 * padded.shape[-1], other.shape[-1])
+    total = lax.fori_loop(0, height // rows, add, jnp.zeros(shape))
+    return total.reshape(3, 3, *padded.shape[-1:], -1).astype(other.dtype)
+
+
+# Stride 1
+
+
+def _plain_input(g: Array, weight: Array) -> Array:
     return _conv(g, _transposed(jnp.flip(weight, (0, 1))))
 
 
-def _conv_weight(x: Array, g: Array) -> Array:
-    return lax.conv_general_dilated(
-        x, g, (1, 1), ((1, 1), (1, 1)), dimension_numbers=WEIGHT_DIMENSIONS
-    )
+def _plain_weight(x: Array, g: Array) -> Array:
+    return _conv(x, g, dimension_numbers=WEIGHT_DIMENSIONS)
+
+
+def _plain_weight_cpu(x: Array, g: Array) -> Array:
+    if x.size < LARGE:
+        return _plain_weight(x, g)
+    return _weight_by_blocks(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), g)
+
+
+# Up: transposed convolution of stride 2, [b, h, w, i] to [b, 2h + 1, 2w + 1, o], then
+# the blur to [b, 2h, 2w, o]. In terms of y of odd size and taps w[i, j]:
+# y[2n + i, 2m + j] sums x[n, m] w[i, j]; even rows take the taps 0 and 2, odd rows 1.
 
 
 def _up(x: Array, weight: Array) -> Array:
-    y = lax.conv_general_dilated(
-        x,
-        jnp.flip(weight, (0, 1)),
-        window_strides=(1, 1),
-        padding=((2, 2), (2, 2)),
-        lhs_dilation=(2, 2),
-        dimension_numbers=DIMENSIONS,
-    )
-    return fir(y, gain=4.0, pad=1)
+    flipped = jnp.flip(weight, (0, 1))
+    y = _conv(x, flipped, ((2, 2), (2, 2)), lhs_dilation=(2, 2))
+    return blur(y, gain=4.0, pad=1)
+
+
+def _up_cpu(x: Array, weight: Array) -> Array:
+    def phase(a, b):
+        taps = weight[1:2] if a else weight[::-2]
+        taps = taps[:, 1:2] if b else taps[:, ::-2]
+        # Every phase gets an even share of the output; the odd ones' last is cut.
+        padding = ((0, 1) if a else (1, 1), (0, 1) if b else (1, 1))
+        return _conv(x, taps, padding)
+
+    rows = [jnp.stack([phase(a, 0), phase(a, 1)], 3) for a in (0, 1)]
+    b, h, w, _, c = rows[0].shape
+    y = jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, c)[:, :-1, :-1]
+    return blur(y, gain=4.0, pad=1)
 
 
 def _up_input(g: Array, weight: Array) -> Array:
-    return lax.conv_general_dilated(
-        fir(g, gain=4.0, pad=2),
-        _transposed(weight),
-        window_strides=(2, 2),
-        padding="VALID",
-        dimension_numbers=DIMENSIONS,
+    y = blur(g, gain=4.0, pad=2)
+    return _conv(y, _transposed(weight), VALID, window_strides=(2, 2))
+
+
+def _up_input_cpu(g: Array, weight: Array) -> Array:
+    y, taps = blur(g, gain=4.0, pad=2), _transposed(weight)
+    return (
+        _conv(y[:, ::2, ::2], taps[::2, ::2], VALID)
+        + _conv(y[:, ::2, 1::2], taps[::2, 1:2], VALID)
+        + _conv(y[:, 1::2, ::2], taps[1:2, ::2], VALID)
+        + _conv(y[:, 1::2, 1::2], taps[1:2, 1:2], VALID)
     )
 
 
 def _up_weight(x: Array, g: Array) -> Array:
-    out = lax.conv_general_dilated(
-        fir(g, gain=4.0, pad=2),
-        x,
-        window_strides=(1, 1),
-        padding="VALID",
-        rhs_dilation=(2, 2),
-        dimension_numbers=WEIGHT_DIMENSIONS,
+    y = blur(g, gain=4.0, pad=2)
+    return _transposed(
+        _conv(y, x, VALID, rhs_dilation=(2, 2), dimension_numbers=WEIGHT_DIMENSIONS)
     )
-    return _transposed(out)
 
 
-_conv3x3, _, _ = bilinear_trio(_conv, _conv_input, _conv_weight)
-_up3x3, _down3x3, _ = bilinear_trio(_up, _up_input, _up_weight)
+def _up_weight_cpu(x: Array, g: Array) -> Array:
+    y = blur(g, gain=4.0, pad=2)
+    if g.size >= LARGE:
+        return _transposed(_weight_by_blocks(y, x, stride=2))
+    products = [
+        jnp.einsum("bhwi,bhwo->io", x, patch)
+        for patch in _patches(y, *x.shape[1:3], stride=2)
+    ]
+    return jnp.stack(products).reshape(3, 3, *products[0].shape)
+
+
+def _on(cpu, default):
+    """The form for the platform that the program is compiled for."""
+    return lambda a, b: lax.platform_dependent(a, b, cpu=cpu, default=default)
+
+
+_conv3x3, _, _ = bilinear_trio(
+    _conv, _plain_input, _on(_plain_weight_cpu, _plain_weight)
+)
+_up3x3, _down3x3, _ = bilinear_trio(
+    _on(_up_cpu, _up),
+    _on(_up_input_cpu, _up_input),
+    _on(_up_weight_cpu, _up_weight),
+)
 
 
 def conv2d(x: Array, weight: Array) -> Array:

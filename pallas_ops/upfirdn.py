@@ -54,19 +54,8 @@ def upfirdn2d(
     )
 
 
-def fir(x: Array, *, gain: float, pad: int, stride: int = 1) -> Array:
-    """The filter along one axis after the other, as shifted sums.
-
-    Args:
-      x: [batch, height, width, channels].
-      gain: sum of the two-dimensional filter.
-      pad: zeros on each side of both axes.
-      stride: of both axes.
-
-    Returns:
-      [batch, out_height, out_width, channels], each side
-      `(n + 2 * pad - 4) // stride + 1`.
-    """
+def _shifted_sums(x: Array, *, gain: float, pad: int, stride: int = 1) -> Array:
+    """The filter along one axis after the other; arguments as `blur`'s."""
     taps = np.array(FIR) / sum(FIR) * gain**0.5
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     for axis in (1, 2):
@@ -78,8 +67,26 @@ def fir(x: Array, *, gain: float, pad: int, stride: int = 1) -> Array:
     return x
 
 
+def blur(x: Array, *, gain: float, pad: int) -> Array:
+    """The [1, 3, 3, 1] filter over both axes.
+
+    Args:
+      x: [batch, height, width, channels].
+      gain: sum of the two-dimensional filter.
+      pad: zeros on each side of both axes.
+
+    Returns:
+      [batch, height + 2 * pad - 3, width + 2 * pad - 3, channels].
+    """
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: _shifted_sums(x, gain=gain, pad=pad),
+        default=lambda x: upfirdn2d(x, fir_kernel(gain), pad=(pad, pad)),
+    )
+
+
 def _downsample(x: Array, gain: float) -> Array:
-    return fir(x, gain=gain, pad=1, stride=2)
+    return _shifted_sums(x, gain=gain, pad=1, stride=2)
 
 
 def _upsample(x: Array, gain: float) -> Array:
