@@ -274,7 +274,7 @@ def _truth(value: Any, default: bool) -> bool:
     """A flag of an options dict, which may hold it as text."""
     if isinstance(value, str):
         return value.strip().lower() in ("true", "1", "yes")
-    return default if value is None else bool(value)
+    return value != 0 if type(value) in (bool, int, float) else default
 
 
 def _rows(latent_avg: Any, module: Any, start: bool, report: Report) -> np.ndarray:

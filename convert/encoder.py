@@ -105,7 +105,7 @@ def encoder(
     state = without(state, r"num_batches_tracked$", "counters of batches", report)
     if any(re.match(r"output_layer\.", k) for k in state):
         raise UserError("it is an ArcFace backbone, not an encoder")
-    blocks = highest(state, r"body\.(\d+)\.", 200) + 1
+    blocks = max(highest(state, r"body\.(\d+)\.", 200) + 1, 1)
     shortcuts = {
         i for i in range(blocks) if f"body.{i}.shortcut_layer.0.weight" in state
     }
@@ -134,11 +134,14 @@ def encoder(
         )
     channels = tuple(shape(state, f"body.{i}.res_layer.3.weight", 4)[0] for i in starts)
     squeezed = shape(state, "body.0.res_layer.5.fc1.weight", 4)
+    ratio = squeezed[1] // squeezed[0]
+    if not 1 <= ratio <= min(channels):
+        raise UserError(f"body.0.res_layer.5.fc1.weight has shape {list(squeezed)}")
     fields = {
         "in_channels": first[1],
         "units": units,
         "channels": channels,
-        "se_ratio": squeezed[1] // squeezed[0],
+        "se_ratio": ratio,
         "start_from_w_avg": start_from_w_avg,
     }
     if rows:
@@ -188,7 +191,7 @@ def latent_discriminator(
     state: Mapping[str, Any], report: Report
 ) -> tuple[LatentDiscriminator, dict[str, Any]]:
     """e4e's latent discriminator."""
-    depth = highest(state, r"mlp\.(\d+)\.", 40) // 2 + 1
+    depth = max(highest(state, r"mlp\.(\d+)\.", 40) // 2 + 1, 1)
     table = latent_discriminator_table(depth)
     check_keys(state, table, "latent discriminator")
     width = shape(state, "mlp.0.weight", 2)[1]

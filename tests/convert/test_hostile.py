@@ -16,7 +16,7 @@ from convert import pickles, pt
 from convert.__main__ import main
 from convert.pickles import Call, Global, Persistent
 from jaxstyle.errors import UserError
-from tests.convert.files import small_object, write_small
+from tests.convert.files import small_encoder_object, small_object, write_small
 from tests.filled import write_nvidia
 
 ORDERED = Global("collections", "OrderedDict")
@@ -540,6 +540,35 @@ def test_random_damage_never_escapes(tmp_path, form):
         path.write_bytes(evil)
         with pytest.raises(UserError):
             convert.load(path)
+
+
+def test_random_states_never_escape(tmp_path):
+    """Entries that are missing, renamed, exchanged or of another kind."""
+    rng = np.random.default_rng(0)
+    files = [small_object(), small_encoder_object("e4e"), small_encoder_object("w")]
+    odd = [None, 3, "x", [], {}, np.zeros(0), np.ones((8, 8), np.float32)]
+    odd += [np.array(1, np.float32), np.zeros((1,) * 6, np.float32), np.zeros(3, int)]
+    for i in range(300):
+        value = {
+            k: dict(v) if isinstance(v, dict) else v for k, v in files[i % 3].items()
+        }
+        parts = [value, *(v for v in value.values() if isinstance(v, dict) and v)]
+        for part in (parts[k] for k in rng.integers(len(parts), size=3)):
+            key, other = (list(part)[k] for k in rng.integers(len(part), size=2))
+            match rng.integers(4):
+                case 0:
+                    part[key] = odd[rng.integers(len(odd))]
+                case 1:
+                    part[key] = part[other]
+                case 2:
+                    part[key.replace("1", "7")] = part[key]
+                case 3 if len(part) > 1:
+                    del part[key]
+        pt.write(tmp_path / "a.pt", value)
+        try:
+            convert.load(tmp_path / "a.pt")
+        except UserError as error:
+            assert str(error)
 
 
 MEASURE = """

@@ -104,7 +104,7 @@ def test_jojogan_and_nada(tmp_path):
         assert set(networks) == {"generator"}
         assert kind in report.kind
         assert any("--perceptual lpips" in line for line in report.missing)
-        assert any("estimated from 10000 codes" in line for line in report.missing)
+        assert any("estimated from 10,000 codes" in line for line in report.missing)
 
 
 def test_bare_state_dicts(tmp_path):

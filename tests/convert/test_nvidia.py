@@ -92,7 +92,7 @@ def test_report(tmp_path):
     text = "\n".join(report.lines())
     assert "clamps its layers at 256" in text
     assert "over 8 pictures, ours over 4" in text
-    assert "no average latent: estimated from 10000 codes" in text
+    assert "no average latent: estimated from 10,000 codes" in text
     again = convert.load(path)[1]["generator"]["w_avg"]
     assert (again == params["generator"]["w_avg"]).all()
     z = jax.random.normal(jax.random.key(1), (10_000, networks["generator"].z_dim))
