@@ -81,7 +81,6 @@ def fit(
       SystemExit: SIGTERM or SIGINT came; the state was saved first.
     """
     run = options.run
-    scheme = (metadata or {}).get("scheme", "train")
     folder = open_folder(options, networks, metadata, identity)
     layout = sharding.shardings(state, mesh, rules)
     state = sharding.place(state, layout)
@@ -122,8 +121,9 @@ def fit(
             (folder / "summary.json").unlink(missing_ok=True)
         pending: tuple[int, dict[str, Array]] | None = None
         for i in range(begin, run.steps):
-            if run.debug_profile and i - begin == 10:
-                jax.profiler.start_trace(os.fspath(folder / "profile"))
+            last = i + 1 == run.steps
+            if run.debug_profile:
+                _trace(folder, i - begin, last)
             batch = {}
             if batches is not None:
                 batch = sharding.global_batch(next(batches), mesh)
@@ -139,13 +139,6 @@ def fit(
             if pending:
                 latest |= _checked(*pending, checkpoints, folder)
             pending, done = (i + 1, metrics), i + 1
-            last = done == run.steps
-            if (
-                run.debug_profile
-                and 10 <= i - begin <= 19
-                and (last or i - begin == 19)
-            ):
-                jax.profiler.stop_trace()
             logs = last or done % run.log_every == 0
             saves = last or (run.save_every and done % run.save_every == 0)
             stop = _stop_everywhere(caught, logs)
@@ -163,23 +156,19 @@ def fit(
                 log.samples(done, np.asarray(draw(state, frozen)))
             if stop and not last:
                 checkpoints.wait()
-                name = signal.Signals(caught[0]).name if caught else "a signal"
-                log.say(
-                    f"stopped by {name} at step {done}, saved in {folder}; the same "
-                    f"command continues: {_command()}"
-                )
-                raise SystemExit(128 + caught[0] if caught else 1)
+                _leave(caught, done, folder, log)
         checkpoints.wait()
-        summary = {
-            "scheme": scheme,
-            "step": int(state.step),
-            "seconds": round(log.seconds, 1),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "metrics": latest,
-        }
+        step = int(state.step)
         if jax.process_index() == 0 and not (folder / "summary.json").exists():
+            summary = {
+                "scheme": (metadata or {}).get("scheme", "train"),
+                "step": step,
+                "seconds": round(log.seconds, 1),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "metrics": latest,
+            }
             write_json(folder / "summary.json", summary)
-        log.say(f"finished step {summary['step']}: {folder}")
+        log.say(f"finished step {step}: {folder}")
     return state
 
 
@@ -284,8 +273,22 @@ def _stop_everywhere(caught: list[int], agree: bool) -> bool:
     )
 
 
-def _command() -> str:
-    return shlex.join(["python", *sys.argv])
+def _leave(caught: list[int], step: int, folder: Any, log: Log) -> None:
+    """End the process after a signal, saying how to go on."""
+    name = signal.Signals(caught[0]).name if caught else "another process"
+    log.say(
+        f"stopped by {name} at step {step}, saved in {folder}; the same command "
+        f"continues: {shlex.join(['python', *sys.argv])}"
+    )
+    raise SystemExit(128 + caught[0] if caught else 1)
+
+
+def _trace(folder: Any, iteration: int, last: bool) -> None:
+    """Trace iterations 10 to 19 of this part of the run, or what there is of them."""
+    if iteration == 10:
+        jax.profiler.start_trace(os.fspath(folder / "profile"))
+    elif iteration == 20 or (last and 10 < iteration < 20):
+        jax.profiler.stop_trace()
 
 
 # The run folder
