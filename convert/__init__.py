@@ -216,7 +216,7 @@ def _encoder(value, kind, report):
     opts = opts if isinstance(opts, dict) else {}
     critic = value.get("discriminator_state_dict")
     kind = kind or _encoder_kind(parts["encoder"], opts, critic, report)
-    report.kind = f"{ {'psp': 'pSp', 'e4e': 'e4e'}[kind] } checkpoint"
+    report.kind = "e4e checkpoint" if kind == "e4e" else "pSp checkpoint"
     report.licence = LICENCES["encoder"]
     used = {"state_dict", "opts", "latent_avg", "discriminator_state_dict"}
     _ignore(value, used, report)

@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.check:
         return None
     if networks:
+        _check_folder(options.out)
         weights.save(
             options.out,
             networks,
@@ -70,6 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
         out = _save_arrays(options, params)
     print(f"wrote {out}")
     return None
+
+
+def _check_folder(out: str) -> None:
+    """--force replaces a network folder, and nothing else a user may have there."""
+    if os.path.exists(out) and not os.path.exists(os.path.join(out, "config.json")):
+        raise UserError(f"{out} is no network folder; --force replaces only those")
 
 
 def _save_arrays(options: Options, arrays: dict) -> str:

@@ -86,7 +86,6 @@ def container(data: memoryview) -> str:
         (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself"),
         (b"\x89HDF", "an HDF5 file"),
         (b"\x1f\x8b", "gzip-compressed: unpack it first"),
-        (b"ustar", "a tar archive: unpack it first"),
     ):
         if head.lstrip().startswith(start):
             raise UserError(f"it is {what}")

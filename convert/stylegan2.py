@@ -337,7 +337,8 @@ def average_latent(
         zeros = np.zeros(module.w_dim, np.float32)
         check_params({"it": module}, {"it": {**params, "w_avg": zeros}}, "the file")
         report.missing.append(
-            f"no average latent: estimated from {AVERAGE_CODES:,} codes with a fixed key"
+            f"no average latent: estimated from {AVERAGE_CODES:,} codes with a fixed "
+            "key"
         )
         z = jax.random.normal(jax.random.key(0), (AVERAGE_CODES, module.z_dim))
         return np.asarray(jnp.mean(stylegan2.mapping(params["mapping"], z), 0))

@@ -297,6 +297,17 @@ def test_an_existing_folder_needs_force(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "ours"]
 
 
+def test_force_spares_what_is_no_network_folder(tmp_path, capsys):
+    path, home = write_small(tmp_path / "a.pt"), tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").touch()
+    for out in (home, home / "thesis.txt"):
+        with pytest.raises(SystemExit):
+            main([str(path), str(out), "--force"])
+        assert "no network folder" in capsys.readouterr().err
+    assert (home / "thesis.txt").exists()
+
+
 def test_out_is_needed_to_write(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(write_small(tmp_path / "a.pt"))])
