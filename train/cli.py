@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,8 +13,9 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError
-from jaxstyle.options import join_help
+from jaxstyle.options import parse as parse_options
 from train import sharding
 
 
@@ -79,8 +81,10 @@ def parse(
       description: shown by --help, usually the module's docstring.
       args: instead of the command line.
     """
-    join_help(options_class)
-    options = tyro.cli(options_class, args=args, description=description)
+    module = options_class.__module__
+    if module == "__main__" and sys.modules[module].__spec__:
+        module = sys.modules[module].__spec__.name
+    options = parse_options(options_class, module, description, args)
     run = options.run
     for name in ("steps", "batch", "log_every"):
         if getattr(run, name) < 1:
@@ -157,21 +161,6 @@ def memory(device: jax.Device) -> str:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return f"{total / 2**30:.1f} GiB of the host"
     return "unknown"
-
-
-def use_compilation_cache() -> str:
-    """Keep compiled programs between runs; returns where.
-
-    `JAX_COMPILATION_CACHE_DIR` or `JAXSTYLE_CACHE` say where; else
-    `~/.cache/jaxstyle/xla`.
-    """
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder:
-        default = Path.home() / ".cache" / "jaxstyle" / "xla"
-        folder = os.environ.get("JAXSTYLE_CACHE") or str(default)
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return folder
 
 
 def signs_of_a_cluster() -> bool:

@@ -17,6 +17,7 @@ def test_help_names_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.parse(toy.Options, "The toy.", ["--help"])
     text = capsys.readouterr().out
+    assert "python -m tests.train.toy" in text
     assert "The toy." in text and "--mesh-fsdp" in text and "Global batch" in text
 
 
@@ -54,17 +55,6 @@ def test_no_silent_fall_back_to_the_cpu(device):
     with pytest.raises(UserError, match=f"--require is {device}, but JAX runs on cpu"):
         cli.start(cli.RunOptions(require=device))
     cli.start(cli.RunOptions(require="cpu"))
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    assert cli.use_compilation_cache() == before
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        monkeypatch.setenv("JAXSTYLE_CACHE", str(tmp_path))
-        assert cli.use_compilation_cache() == str(tmp_path)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_signs_of_a_cluster(monkeypatch):
