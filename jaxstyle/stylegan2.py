@@ -18,7 +18,7 @@ A w+ row drives a convolution, or a to-RGB and the up-convolution after it: 18 r
 but 26 modulated layers at 1024.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,16 +122,20 @@ def dense(params: Params, x: Array, lr_multiplier: float = 1.0) -> Array:
     return x @ (weight * scale) + params["bias"] * lr_multiplier
 
 
-def equalized(weight: Array) -> Array:
-    """A convolution's weight [k, k, in, out] times 1 / sqrt(fan in)."""
-    return weight * (1 / np.sqrt(np.prod(weight.shape[:-1])))
+def equalized_gain(weight: Array) -> float:
+    """What equalises a stored convolution weight [k, k, in, out]: 1 / sqrt(fan in).
+
+    It goes on an activation or a style, which spares a copy of every weight.
+    """
+    return float(1 / np.sqrt(np.prod(weight.shape[:-1])))
 
 
 def styled_conv(
     params: Params, x: Array, style: Array, noise: Array | None, *, up: bool = False
 ) -> Array:
     """Modulated 3×3 convolution, noise, bias, activation: [batch, h, w, out]."""
-    y = modulated_conv2d(x, equalized(params["weight"]), style, up=up)
+    weight = params["weight"]
+    y = modulated_conv2d(x, weight, style * equalized_gain(weight), up=up)
     if noise is not None:
         y = y + (params["noise_strength"] * noise[..., None]).astype(y.dtype)
     return fused_leaky_relu(y, params["bias"])
@@ -139,7 +143,8 @@ def styled_conv(
 
 def to_rgb(params: Params, x: Array, style: Array) -> Array:
     """Modulated 1×1 convolution to three channels, no demodulation: [b, h, w, 3]."""
-    weight = equalized(params["weight"])
+    weight = params["weight"]
+    style = style * equalized_gain(weight)
     y = modulated_conv2d(x, weight, style, demodulate=False).astype(jnp.float32)
     return y + params["bias"]
 
@@ -598,6 +603,13 @@ def minibatch_stddev(x: Array, group: int = STDDEV_GROUP) -> Array:
     return jnp.concatenate([x, jnp.broadcast_to(column, (batch, height, width, 1))], -1)
 
 
+def conv_layer(conv: Callable[[Array, Array], Array], params: Params, x: Array):
+    """Equalised convolution; bias and activation where the layer has a bias."""
+    weight = params["weight"]
+    y = conv(x, weight) * jnp.asarray(equalized_gain(weight), x.dtype)
+    return fused_leaky_relu(y, params["bias"]) if "bias" in params else y
+
+
 def discriminate(
     params: Params, images: Array, *, dtype: Any = jnp.float32, taps: int | None = None
 ) -> tuple[Array | None, dict[str, Array]]:
@@ -619,23 +631,19 @@ def discriminate(
         reverse=True,
     )
     x = images.astype(dtype)
-    x = conv2d(x, equalized(params["from_rgb"]["weight"]))
-    x = fused_leaky_relu(x, params["from_rgb"]["bias"])
+    x = conv_layer(conv2d, params["from_rgb"], x)
     features = {"from_rgb": x}
     for name in blocks[:taps]:
         p = params[name]
-        y = conv2d(x, equalized(p["conv1"]["weight"]))
-        y = fused_leaky_relu(y, p["conv1"]["bias"])
-        y = downsample_conv2d(y, equalized(p["conv2"]["weight"]))
-        y = fused_leaky_relu(y, p["conv2"]["bias"])
-        skip = downsample_conv2d(x, equalized(p["skip"]["weight"]))
+        y = conv_layer(conv2d, p["conv1"], x)
+        y = conv_layer(downsample_conv2d, p["conv2"], y)
+        skip = conv_layer(downsample_conv2d, p["skip"], x)
         x = (y + skip) * jnp.asarray(0.5**0.5, dtype)
         features[name] = x
     if taps is not None:
         return None, features
     x = minibatch_stddev(x)
-    x = conv2d(x, equalized(params["final_conv"]["weight"]))
-    x = fused_leaky_relu(x, params["final_conv"]["bias"]).astype(jnp.float32)
+    x = conv_layer(conv2d, params["final_conv"], x).astype(jnp.float32)
     x = dense(params["dense_0"], x.reshape(x.shape[0], -1))
     x = fused_leaky_relu(x, jnp.zeros(()))
     return dense(params["dense_1"], x), features
@@ -660,6 +668,12 @@ class Discriminator(nn.Module):
     def channel_table(self) -> dict[int, int]:
         """Channels by resolution."""
         return channel_table(self.size, self.channel_multiplier, self.channels)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """Names of the features in execution order: from_rgb, block_{size} …"""
+        levels = reversed(resolutions(self.size)[1:])
+        return ("from_rgb", *(f"block_{r}" for r in levels))
 
     def init_params(self, *, key: Array) -> dict:
         """Fresh parameters: weights N(0, 1), biases zero."""

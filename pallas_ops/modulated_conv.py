@@ -33,8 +33,14 @@ def modulated_conv2d(
       [batch, height, width, out_channels], twice the size with `up`; dtype of `x`.
     """
     style = style.astype(jnp.float32)
-    y = x * style[:, None, None, :].astype(x.dtype)
-    y = up_conv2d(y, weight) if up else conv2d(y, weight)
+
+    # Scaled again in the backward pass rather than kept beside `x`.
+    @jax.checkpoint
+    def convolve(x, style, weight):
+        scaled = x * style[:, None, None, :].astype(x.dtype)
+        return up_conv2d(scaled, weight) if up else conv2d(scaled, weight)
+
+    y = convolve(x, style, weight)
     if demodulate:
         # Nine terms by hand: a reduction over leading axes is slow on a CPU.
         taps = weight.astype(jnp.float32).reshape(-1, *weight.shape[2:])
@@ -44,8 +50,19 @@ def modulated_conv2d(
     return y
 
 
+@jax.custom_vjp
+def _leaky_relu(x: Array) -> Array:
+    return jnp.where(x >= 0, x, 0.2 * x) * jnp.asarray(2**0.5, x.dtype)
+
+
+def _leaky_relu_backward(out: Array, g: Array) -> tuple[Array]:
+    # The output has the input's sign and is kept anyway, as the next layer's input.
+    return (jnp.where(out >= 0, g, 0.2 * g) * jnp.asarray(2**0.5, g.dtype),)
+
+
+_leaky_relu.defvjp(lambda x: (_leaky_relu(x),) * 2, _leaky_relu_backward)
+
+
 def fused_leaky_relu(x: Array, bias: Array) -> Array:
     """`leaky_relu(x + bias, 0.2) * sqrt(2)`; bias over the last axis."""
-    return jax.nn.leaky_relu(x + bias.astype(x.dtype), 0.2) * jnp.asarray(
-        2**0.5, x.dtype
-    )
+    return _leaky_relu(x + bias.astype(x.dtype))
