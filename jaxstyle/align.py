@@ -234,7 +234,7 @@ def find_landmarks(
     Raises `UserError` if there is no face, or if dlib is wanted and not installed.
     """
     if detector == "embedded":
-        # JAX takes a second to import, and `--no-align` has no use for it.
+        # Imported here: JAX takes a second, and `--no-align` has no use for it.
         from jaxstyle.landmarks import find_faces
 
         faces = [face.points for face in find_faces(image)]
@@ -408,6 +408,10 @@ class Options:
 def main(args: list[str] | None = None) -> None:
     """`python -m jaxstyle.align`."""
     options = parse(Options, "jaxstyle.align", None, args)
+    if options.align.align:
+        from jaxstyle.cache import use_compilation_cache
+
+        use_compilation_cache()
     if not 8 <= options.size <= 4096:
         raise UserError(f"--size is {options.size}; it must be between 8 and 4096")
     paths = images.image_files(options.photo)

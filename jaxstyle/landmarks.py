@@ -48,6 +48,7 @@ _FACE_SCORE = 0.15
 # Points of six crops of a real face differ by 0.01 to 0.04 of the distance of the
 # outer eye corners, of anything else by 0.06 and (mostly far) more.
 _FACE_SPREAD = 0.05
+_MOST_FACES = 8
 _CROP_SCALES = (1.0, 1.1, 1.2)
 _FIT_ROUNDS = 3
 
@@ -257,7 +258,7 @@ class _Square(NamedTuple):
 
 
 def find_faces(image: Image.Image) -> list[Face]:
-    """The faces of an RGB picture, the largest first; none gives an empty list.
+    """The largest faces of an RGB picture, at most 8, the largest first.
 
     Upright faces of at least a sixth of the picture's side are found first. Only if
     there are none, smaller ones are searched, then tilted and upside down ones.
@@ -280,6 +281,8 @@ def find_faces(image: Image.Image) -> list[Face]:
             face = Face(points - 0.5, score, spread)
             if spread < _FACE_SPREAD and not any(_same(face, f) for f in faces):
                 faces.append(face)
+            if len(faces) == _MOST_FACES:
+                break
         if faces:
             return sorted(faces, key=lambda face: -face.size)
     return []
@@ -320,7 +323,7 @@ def _centers(length: float, side: float) -> np.ndarray:
 def _candidates(
     image: Image.Image, squares: list[_Square]
 ) -> list[tuple[float, _Square]]:
-    """Score and square of everything that may be a face, the best first.
+    """Score and square of everything that may be a face, the largest first.
 
     Each square is looked at as it is and mirrored; detections of one place count
     together, by the best pair.
@@ -354,7 +357,7 @@ def _candidates(
                 [f[1][:3] for f in near], axis=0, weights=[f[0] for f in near]
             )
             candidates.append((total, _Square(x, y, side, best.angle)))
-    return sorted(candidates, key=lambda c: -c[0])
+    return sorted(candidates, key=lambda c: -c[1].side)
 
 
 def _overlap(a: _Square, b: _Square) -> bool:
