@@ -1,7 +1,11 @@
 """The modulated convolution of StyleGAN2 and the FIR resampling around it."""
 
 from pallas_ops.convolution import conv2d, downsample_conv2d, up_conv2d
-from pallas_ops.modulated_conv import fused_leaky_relu, modulated_conv2d
+from pallas_ops.modulated_conv import (
+    fused_leaky_relu,
+    modulated_conv2d,
+    pick_implementation,
+)
 from pallas_ops.upfirdn import downsample2d, upfirdn2d, upsample2d
 
 __all__ = [
@@ -10,6 +14,7 @@ __all__ = [
     "downsample_conv2d",
     "fused_leaky_relu",
     "modulated_conv2d",
+    "pick_implementation",
     "up_conv2d",
     "upfirdn2d",
     "upsample2d",

@@ -12,6 +12,25 @@ from jax import Array, lax
 from pallas_ops.convolution import conv2d, up_conv2d
 
 
+def pick_implementation(implementation: str | None = None) -> str:
+    """The implementation that runs: the named one, or the best there is for `None`.
+
+    Raises:
+      NotImplementedError: `pallas`, which has no kernel here.
+      ValueError: another name.
+    """
+    if implementation == "pallas":
+        raise NotImplementedError(
+            "implementation 'pallas': there is no Pallas kernel for the "
+            f"{jax.default_backend()} backend; use None or 'xla'"
+        )
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be None, 'xla' or 'pallas'"
+        )
+    return "xla"
+
+
 def modulated_conv2d(
     x: Array,
     weight: Array,
@@ -19,6 +38,7 @@ def modulated_conv2d(
     *,
     up: bool = False,
     demodulate: bool = True,
+    implementation: str | None = None,
 ) -> Array:
     """Convolve with a weight scaled by the style, output channels normalised.
 
@@ -28,10 +48,15 @@ def modulated_conv2d(
       style: [batch, in_channels].
       up: double the size (transposed convolution and FIR blur); k is 3.
       demodulate: divide each output channel by its weight's norm (equation 3).
+      implementation: `xla`, `pallas`, or None for the best there is.
 
     Returns:
       [batch, height, width, out_channels], twice the size with `up`; dtype of `x`.
+
+    Raises:
+      NotImplementedError: a named implementation that cannot run here.
     """
+    pick_implementation(implementation)
     style = style.astype(jnp.float32)
 
     # Scaled again in the backward pass rather than kept beside `x`.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_ops
-from pallas_ops import reference
+from pallas_ops import convolution, reference
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -144,6 +144,33 @@ def test_leaky_relu():
     assert_near(out, reference.fused_leaky_relu(x, bias), 1)
     half = pallas_ops.fused_leaky_relu(x.astype(jnp.bfloat16), bias)
     assert half.dtype == jnp.bfloat16
+
+
+def test_implementation():
+    args = normal(0, 1, 4, 4, 3), normal(1, 3, 3, 3, 3), normal(2, 1, 3)
+    default = pallas_ops.modulated_conv2d(*args)
+    named = pallas_ops.modulated_conv2d(*args, implementation="xla")
+    np.testing.assert_array_equal(default, named)
+    with pytest.raises(NotImplementedError, match="no Pallas kernel"):
+        pallas_ops.modulated_conv2d(*args, implementation="pallas")
+    with pytest.raises(ValueError, match="'triton'"):
+        pallas_ops.modulated_conv2d(*args, implementation="triton")
+
+
+def test_large_weight_gradients(monkeypatch):
+    """The block by block forms, which small activations never reach."""
+    monkeypatch.setattr(convolution, "LARGE", 1)
+    monkeypatch.setattr(convolution, "BLOCK_PIXELS", 30)
+    weight = normal(1, 3, 3, 4, 6)
+    for name, shape in (("conv2d", (2, 9, 5, 4)), ("up_conv2d", (2, 9, 5, 4))):
+        x = normal(0, *shape)
+        ours, expected = getattr(pallas_ops, name), getattr(reference, name)
+        cotangent = normal(2, *jax.eval_shape(expected, x, weight).shape)
+
+        def gradient(f, x=x, g=cotangent):
+            return jax.jit(jax.grad(lambda w: jnp.sum(f(x, w) * g)))(weight)
+
+        assert_near(gradient(ours), gradient(expected), cotangent.size, 10)
 
 
 # The originals' numbers (NCHW)
