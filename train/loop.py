@@ -276,9 +276,12 @@ def _stop_everywhere(caught: list[int], agree: bool) -> bool:
 def _leave(caught: list[int], step: int, folder: Any, log: Log) -> None:
     """End the process after a signal, saying how to go on."""
     name = signal.Signals(caught[0]).name if caught else "another process"
+    # `python -m train.jojo` has become a path in sys.argv.
+    spec = sys.modules["__main__"].__spec__
+    program = ["python", "-m", spec.name] if spec else sys.argv[:1]
     log.say(
         f"stopped by {name} at step {step}, saved in {folder}; the same command "
-        f"continues: {shlex.join(['python', *sys.argv])}"
+        f"continues: {shlex.join([*program, *sys.argv[1:]])}"
     )
     raise SystemExit(128 + caught[0] if caught else 1)
 
