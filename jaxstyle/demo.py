@@ -83,9 +83,13 @@ def main(args: list[str] | None = None) -> None:
     """`python -m jaxstyle.demo`."""
     began = time.monotonic()
     options = parse(Options, "jaxstyle.demo", __doc__, args)
-    for picture in (options.photo, options.ref):
-        if picture and not picture.is_file():
-            raise UserError(f"{picture}: no such picture")
+    for option, picture in (
+        ("--photo", options.photo or PHOTO),
+        ("--ref", options.ref or REFERENCE),
+    ):
+        if not picture.is_file():
+            raise UserError(f"{picture}: no such picture; name one with {option}")
+    weights.resolve(options.weights)
     run = learn(options, began)
     use_compilation_cache()
     style = load_styles([run])[0]

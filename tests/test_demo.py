@@ -10,7 +10,7 @@ from tests.small_models import save_base
 
 def test_wrong_pictures(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        demo.main(["--ref", str(tmp_path / "art.png")])
+        demo.main(["--photo", str(tmp_path / "me.png")])
     assert stop.value.code == 1
     assert "no such picture" in capsys.readouterr().err
 
