@@ -31,6 +31,37 @@ def pick_implementation(implementation: str | None = None) -> str:
     return "xla"
 
 
+def _input_scaled(convolve):
+    """`convolve` on a scaled input, which the backward pass scales again.
+
+    Keeping the scaled copy beside `x` would double the memory of a training step.
+    """
+
+    def forward(x, style, weight):
+        return convolve(x * style[:, None, None, :].astype(x.dtype), weight)
+
+    def backward(saved, g):
+        x, style, weight = saved
+        # XLA:CPU drops optimisation barriers and would make the scaled copy, and the
+        # transposed weight, long before they are needed. Zero times the gradient is a
+        # dependency that it cannot see through.
+        zero = lax.platform_dependent(
+            lax.stop_gradient(g[0, 0, 0, 0]),
+            cpu=lambda value: 0 * value,
+            default=jnp.zeros_like,
+        )
+        late = style + zero.astype(style.dtype), weight + zero.astype(weight.dtype)
+        return jax.vjp(forward, x, *late)[1](g)
+
+    scaled = jax.custom_vjp(forward)
+    scaled.defvjp(lambda *args: (forward(*args), args), backward)
+    return scaled
+
+
+_scaled_conv = _input_scaled(conv2d)
+_scaled_up_conv = _input_scaled(up_conv2d)
+
+
 def modulated_conv2d(
     x: Array,
     weight: Array,
@@ -58,14 +89,7 @@ def modulated_conv2d(
     """
     pick_implementation(implementation)
     style = style.astype(jnp.float32)
-
-    # Scaled again in the backward pass rather than kept beside `x`.
-    @jax.checkpoint
-    def convolve(x, style, weight):
-        scaled = x * style[:, None, None, :].astype(x.dtype)
-        return up_conv2d(scaled, weight) if up else conv2d(scaled, weight)
-
-    y = convolve(x, style, weight)
+    y = (_scaled_up_conv if up else _scaled_conv)(x, style, weight)
     if demodulate:
         # Nine terms by hand: a reduction over leading axes is slow on a CPU.
         taps = weight.astype(jnp.float32).reshape(-1, *weight.shape[2:])
@@ -75,14 +99,19 @@ def modulated_conv2d(
     return y
 
 
+def _slopes(sign: Array, x: Array) -> Array:
+    """`x` times sqrt(2), and times 0.2 where `sign` is negative."""
+    return x * jnp.where(sign >= 0, 2**0.5, 0.2 * 2**0.5).astype(x.dtype)
+
+
 @jax.custom_vjp
 def _leaky_relu(x: Array) -> Array:
-    return jnp.where(x >= 0, x, 0.2 * x) * jnp.asarray(2**0.5, x.dtype)
+    return _slopes(x, x)
 
 
 def _leaky_relu_backward(out: Array, g: Array) -> tuple[Array]:
     # The output has the input's sign and is kept anyway, as the next layer's input.
-    return (jnp.where(out >= 0, g, 0.2 * g) * jnp.asarray(2**0.5, g.dtype),)
+    return (_slopes(out, g),)
 
 
 _leaky_relu.defvjp(lambda x: (_leaky_relu(x),) * 2, _leaky_relu_backward)
