@@ -45,7 +45,7 @@ from train.cli import RunOptions, Shared, parse, start, with_out
 from train.loop import check_folder, fit
 from train.state import TrainState, create_state
 
-# Of (from_rgb, block_size, block_size/2, …) the published code taps these.
+# Places of the published taps among the discriminator's blocks, as far as they exist.
 TAPS = (1, 3, 4, 5)
 GRID = 5
 # Codes come from the mapping network, and buffers are not parameters.
@@ -116,17 +116,13 @@ def keep_weights(options: Options, size: int) -> np.ndarray:
     return np.where(mask > 0, mask, 1 - options.alpha).astype(np.float32)
 
 
-def tapped(features: Mapping[str, Array]) -> list[Array]:
-    """The taps that exist at this size, of a discriminator's features."""
-    values = list(features.values())
-    return [values[i] for i in TAPS if i < len(values)]
-
-
 def describe(options: Options, judge: Any, params: Any, images: Array) -> list[Array]:
     """Features of pictures [batch, h, w, 3] that the loss compares."""
     if options.perceptual == "discriminator":
-        taps = min(TAPS[-1], len(judge.channel_table) - 1)
-        return tapped(judge.apply({"params": params}, images, taps=taps)[1]["features"])
+        names = [judge.tap_names[i] for i in TAPS if i < len(judge.tap_names)]
+        blocks = judge.tap_names.index(names[-1])
+        _, out = judge.apply({"params": params}, images, taps=blocks)
+        return [out["features"][name] for name in names]
     # The first release compares pictures of 256 px, reduced by areas.
     factor = max(1, images.shape[1] // 256)
     b, h, w, c = images.shape
