@@ -40,12 +40,11 @@ from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.encoders import encode
 from jaxstyle.errors import UserError, cli
-from jaxstyle.features.lpips import SMALLEST
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import Generator, Params
 
 SPACES = ("w_plus", "w", "z")
-LPIPS_SIZE = 256
+LPIPS_SIZES = (128, 256)
 CANDIDATES = 64
 FRAMES = 60
 
@@ -59,12 +58,12 @@ class Search:
     knows, z even more so."""
     steps: int = 300
     """Steps of the search; 1000 for the last bit at 1024 px."""
-    search_lr: float = 0.1
+    search_lr: float = 0.05
     """Largest step, in standard deviations of w."""
     search_noise: float = 0.5
     """Noise on the code at the start, in standard deviations of w; it fades out over
     three quarters of the steps."""
-    pull: float = 0.02
+    pull: float = 0.05
     """Weight of the squared distance, in standard deviations, from the average code
     (w) and of the rows from their common code (w_plus)."""
     mse: float = 1.0
@@ -85,12 +84,16 @@ def statistics(generator: Generator, params: Params) -> tuple[Array, Array]:
 
 
 def for_lpips(pictures: Array) -> Array:
-    """Pictures [n, h, h, 3] at 256 px at most, by areas, and at 32 at least."""
+    """Pictures [n, h, h, 3] at 128 to 256 px: pixels repeated, or averaged over areas.
+
+    AlexNet sees little of a face at 64 px, its first step being four pixels wide;
+    codes found on enlarged pictures have the eyes and the mouth of the photo.
+    """
     n, h, w, c = pictures.shape
-    if h < SMALLEST:
-        factor = -(-SMALLEST // h)
+    factor = -(-LPIPS_SIZES[0] // h)
+    if factor > 1:
         return jnp.repeat(jnp.repeat(pictures, factor, 1), factor, 2)
-    factor = max(1, h // LPIPS_SIZE)
+    factor = max(1, h // LPIPS_SIZES[1])
     shape = (n, h // factor, factor, w // factor, factor, c)
     return pictures.reshape(shape).mean((2, 4))
 
@@ -209,7 +212,7 @@ def optimize(
     Args:
       generator: the architecture.
       params: its parameters.
-      judge: an `LPIPS` module; it sees pictures of 32 to 256 px, see `for_lpips`.
+      judge: an `LPIPS` module; see `for_lpips`.
       judge_params: its parameters.
       targets: [n, size, size, 3] in [-1, 1], of the generator's size.
       search: space, steps and weights.
