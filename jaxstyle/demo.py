@@ -27,7 +27,7 @@ from jaxstyle.stylize import CROP_SIZE, load_styles, photo_code, stylize
 
 EXAMPLES = weights.ASSETS / "examples"
 PHOTO = EXAMPLES / "photo.jpg"
-REFERENCE = EXAMPLES / "reference.png"
+REFERENCE = EXAMPLES / "cel.png"
 INTENSITIES = {"1/3": 1 / 3, "2/3": 2 / 3, "1": 1.0}
 
 
