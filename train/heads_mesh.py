@@ -39,7 +39,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The head of the base mesh: vertices [vertices, 3], uv [points, 2], parts, masks."""
+    """The head of the base mesh: vertices [n, 3], uv [points, 2], parts, masks."""
 
     folder: str
     vertices: np.ndarray

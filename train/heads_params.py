@@ -1,4 +1,4 @@
-"""What `train.heads` draws at random: the shape, expression, colours and hair of a head.
+"""What `train.heads` draws at random: shape, expression, colours and hair of a head.
 
 A head is a dataclass of plain numbers, so that it can be written beside its picture and
 drawn again: in another style, at another size, or turned.

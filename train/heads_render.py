@@ -305,7 +305,7 @@ class Painter:
             self.draw("skin", shell, self.paint_scalp, cull=True, skip=self.cover == 0)
 
     def scalp_cover(self, soft):
-        """How far inside the hair line each vertex is, 0 .. 1 over `soft` decimetres."""
+        """How far inside the hair line a vertex is, 0 .. 1 over `soft` decimetres."""
         head, mesh = self.head, self.mesh
         angle, height = mesh.scalp[:, 0], mesh.scalp[:, 1]
         line = np.interp(angle, HAIR_ANGLES, HAIR_LINES[head.hair_line])

@@ -1,4 +1,4 @@
-"""The autoencoder learns, and the mapping in closed form draws what it was fitted to."""
+"""The autoencoder learns; the fitted mapping draws codes of the right moments."""
 
 import jax
 import jax.numpy as jnp
