@@ -218,7 +218,9 @@ def autoencode(options: Options, mesh, source) -> TrainState:
     """Stage 1, in OUT/autoencoder."""
     generator = make_generator(options)
     tx = optim.adam(options.lr, (0.5, 0.99))
-    shown = jnp.stack([jnp.asarray(source[i]) for i in range(SAMPLES)])
+    shown = jnp.stack(
+        [jnp.asarray(source[i]) for i in range(min(SAMPLES, len(source)))]
+    )
     _, lpips = weights.load("lpips_alexnet")
 
     def sample(state, frozen):

@@ -27,7 +27,7 @@ def test_few_steps_make_a_network(tmp_path):
     pictures = np.broadcast_to(colors, (12, 32, 32, 3)).astype(np.uint8)
     np.save(tmp_path / "flat.npy", pictures)
     args = f"--data {tmp_path}/flat.npy --out {tmp_path}/run --size 32 --w-dim 16"
-    args += " --channels 8 8 8 8 --mapping-depth 2 --steps 8 --batch 4 --log-every 1"
+    args += " --channels 8 8 8 8 --mapping-depth 2 --steps 8 --batch 8 --log-every 1"
     warm_start.main(args.split())
     lines = (tmp_path / "run/autoencoder/metrics.jsonl").read_text().splitlines()
     losses = [
