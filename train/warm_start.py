@@ -32,6 +32,7 @@ from jaxstyle import images, weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features.lpips import LPIPS
 from jaxstyle.init import Full, Normal, initialize
+from jaxstyle.invert import for_lpips
 from jaxstyle.stylegan2 import MAPPING_LR_MULTIPLIER, Generator, pixel_norm
 from train import data, loop, optim
 from train.cli import RunOptions, Shared, parse, start, with_out
@@ -122,7 +123,9 @@ def reconstruction_loss(generator, params, lpips_params, images, lpips_weight):
     codes = encode(params["encoder"], images)
     drawn = decode(generator, params["generator"], codes)
     square = jnp.mean(jnp.square(drawn - images))
-    distance = LPIPS().apply({"params": lpips_params}, drawn, images)
+    distance = LPIPS().apply(
+        {"params": lpips_params}, for_lpips(drawn), for_lpips(images)
+    )
     distance = jnp.mean(distance)
     return square + lpips_weight * distance, {"l2": square, "lpips": distance}
 
