@@ -397,6 +397,13 @@ def resolve(options: Options) -> Options:
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
                 f"at least {low}"
             )
+    batch = len(options.ref) * options.mixes
+    if options.run.batch not in (RunOptions.batch, batch):
+        raise UserError(
+            f"--batch is {options.run.batch}, but a step draws --mixes "
+            f"{options.mixes} of each of {len(options.ref)} references, {batch} "
+            "pictures; use --mixes"
+        )
     return with_out(options, "jojo-" + "-".join(p.stem for p in options.ref[:3]))
 
 

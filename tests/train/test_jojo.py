@@ -301,3 +301,7 @@ def test_masks_and_alpha_are_checked():
         jojo.keep_weights(dataclasses.replace(options, mask="0110"), 64)
     with pytest.raises(UserError, match="is not a file"):
         jojo.resolve(options)
+    here = dataclasses.replace(options, ref=(Path(__file__),))
+    with pytest.raises(UserError, match="use --mixes"):
+        jojo.resolve(dataclasses.replace(here, run=RunOptions(batch=3)))
+    assert jojo.resolve(here).run.out == "runs/jojo-test_jojo"
