@@ -38,6 +38,7 @@ from jaxstyle import weights
 from jaxstyle.align import AlignOptions
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features.lpips import feature_distance
+from jaxstyle.invert import for_lpips
 from jaxstyle.masks import parse_mask, preserve_color_mask
 from jaxstyle.stylegan2 import Generator, style_vectors
 from train import optim, references, sharding
@@ -123,11 +124,9 @@ def describe(options: Options, judge: Any, params: Any, images: Array) -> list[A
         blocks = judge.tap_names.index(names[-1])
         _, out = judge.apply({"params": params}, images, taps=blocks)
         return [out["features"][name] for name in names]
-    # The first release compares pictures of 256 px, reduced by areas.
-    factor = max(1, images.shape[1] // 256)
-    b, h, w, c = images.shape
-    small = images.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
-    return list(judge.apply({"params": params}, small, method="features"))
+    # The first release compares pictures resized to 256 px by areas.
+    enlarged = for_lpips(images)
+    return list(judge.apply({"params": params}, enlarged, method="features"))
 
 
 def distances(options: Options, params: Any, a: list[Array], b: list[Array]) -> Array:

@@ -289,6 +289,21 @@ def test_bfloat16_trains():
     assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
 
 
+def test_lpips_stands_in_for_the_discriminator():
+    options = jojo.Options(ref=(Path("a.png"),), perceptual="lpips")
+    judge, params = jojo.load_judge(options, {}, {})
+    pictures = picture("imgA", 1, 16), picture("imgB", 1, 16)
+    a, b = (jojo.describe(options, judge, params, x) for x in pictures)
+    assert float(jojo.distances(options, params, a, a)[0]) == 0
+    assert float(jojo.distances(options, params, a, b)[0]) > 0.05
+
+
+def test_weights_without_a_discriminator_name_the_way_out():
+    options = jojo.Options(ref=(Path("a.png"),))
+    with pytest.raises(UserError, match="--perceptual lpips"):
+        jojo.load_judge(options, {"generator": GENERATOR}, {})
+
+
 def test_masks_and_alpha_are_checked():
     options = jojo.Options(ref=(Path("a.png"),))
     with pytest.raises(UserError, match="give one"):
