@@ -67,6 +67,9 @@ def learn(options: Options, began: float) -> str:
     command = [sys.executable, "-m", "train.jojo", "--ref", str(reference)]
     command += ["--weights", options.weights, "--steps", str(options.steps)]
     command += ["--seed", str(options.seed), "--out", str(run)]
+    if options.weights == weights.DEFAULT:
+        # The discriminator that ships with us has seen too few pictures to judge.
+        command += ["--perceptual", "lpips", "--noise-mode", "none", "--mask", "0-4"]
     # Our own references are cropped faces, some of them drawn: nothing to detect.
     if options.ref is None or not options.align:
         command.append("--no-align")
