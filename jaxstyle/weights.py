@@ -245,6 +245,10 @@ def save(
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(temporary / "params", jax.tree.map(stored, params))
+        # Orbax looks for this mark on object stores; it names the temporary folder.
+        mark = temporary / "params" / "commit_success.txt"
+        if mark.exists():
+            mark.write_text("committed\n")
         text = json.dumps(config_dict(networks, metadata), indent=2)
         (temporary / "config.json").write_text(text + "\n")
         os.chmod(temporary, 0o755)

@@ -1,0 +1,26 @@
+"""Network folders: what is written comes back, and names nobody's machine."""
+
+import jax
+import numpy as np
+
+from jaxstyle import weights
+from jaxstyle.stylegan2 import Generator
+
+
+def test_a_folder_comes_back_and_does_not_name_where_it_was_made(tmp_path):
+    generator = Generator(8, channels=(4, 4), mapping_depth=1, z_dim=4, w_dim=4)
+    params = {"generator": generator.init_params(key=jax.random.key(0))}
+    weights.save(tmp_path / "small", {"generator": generator}, params)
+    model, back = weights.load(tmp_path / "small")
+    assert model.generator == generator
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    files = [p for p in (tmp_path / "small").rglob("*") if p.is_file()]
+    assert files
+    for path in files:
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_vendored_folders_load():
+    for config in weights.ASSETS.glob("*/config.json"):
+        model, params = weights.load(config.parent.name)
+        assert set(model) == set(params)
