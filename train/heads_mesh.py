@@ -21,7 +21,8 @@ from jaxstyle.errors import UserError
 NECK = 5.0  # lower end of the drawn body on the base mesh, in decimetres
 SHOULDER = 3.5  # the same for the clothes
 MASKS = ("lips", "eyelids", "ears")
-PARTS = ("skin", "eye", "lash", "mouth", "tongue", "clothes", "hair")
+PARTS = ("skin", "eye", "lash", "mouth", "tongue", "clothes")
+CURTAIN = (14, 64)  # rows and columns of the sheet of long hair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The head of the base mesh: vertices [n, 3], uv [points, 2], parts, masks."""
+    """The head of the base mesh: vertices [n, 3], uv [points, 2], parts, masks.
+
+    The last rows of `vertices` are a grid without a shape, for the curtain of long hair
+    (part "curtain"); the renderer hangs it around each head.
+    """
 
     folder: str
     vertices: np.ndarray
@@ -50,6 +55,7 @@ class Mesh:
     eyes: tuple  # rows of the left and the right eye ball (the head's own left)
     scalp: np.ndarray  # per vertex: angle around the head, height above the eyes
     ears: np.ndarray  # per vertex, 0 .. 1
+    skull: np.ndarray  # rows of the upper head without the ears
 
 
 def data_folder(path=None):
@@ -91,21 +97,22 @@ def load(folder):
         "mouth": named("-teeth"),
         "tongue": named("helper-tongue"),
         "clothes": above("helper-tights", SHOULDER),
-        "hair": named("helper-hair"),
     }
     triangles = {name: _triangles(quads[name]) for name in PARTS}
     used = np.unique(np.concatenate([t[..., 0].ravel() for t in triangles.values()]))
     index = np.full(len(vertices), -1)
     index[used] = np.arange(len(used))
+    count = len(used) + CURTAIN[0] * CURTAIN[1]
     parts = {
-        name: _part(index[t[..., 0]], t[..., 1], len(used))
-        for name, t in triangles.items()
+        name: _part(index[t[..., 0]], t[..., 1], count) for name, t in triangles.items()
     }
+    sheet = _grid(*CURTAIN) + len(used)
+    parts["curtain"] = _part(sheet, np.zeros_like(sheet), count)
     masks = {
         name: _mask(os.path.join(folder, f"mpfb2/textures/mpfb_{name}.jpg"))
         for name in MASKS
     }
-    vertices = vertices[used]
+    vertices = np.pad(vertices[used], ((0, count - len(used)), (0, 0)))
     eyes = tuple(
         index[
             np.unique(np.concatenate([q[:, 0] for q in groups[f"helper-{side}-eye"]]))
@@ -119,7 +126,10 @@ def load(folder):
     ears = np.zeros(len(vertices), np.float32)
     skin = parts["skin"]
     ears[skin.vertices.ravel()] = look_up(masks["ears"], uv[skin.uv.ravel()])
-    return Mesh(folder, vertices, uv, parts, masks, index, eyes, scalp, ears)
+    head = np.unique(skin.vertices)
+    high = (offset[head, 1] > 0) & (offset[head, 1] < 1) & (ears[head] < 0.1)
+    skull = head[high]
+    return Mesh(folder, vertices, uv, parts, masks, index, eyes, scalp, ears, skull)
 
 
 def look_up(mask, uv):
@@ -213,6 +223,13 @@ def _triangles(polygons):
     return np.array(
         [[q[0], q[k], q[k + 1]] for q in polygons for k in range(1, len(q) - 1)]
     )
+
+
+def _grid(rows, columns):
+    """Triangles of a grid of `rows` × `columns` vertices, row by row."""
+    a = np.arange(rows * columns).reshape(rows, columns)[:-1, :-1].ravel()
+    b, c, d = a + 1, a + columns, a + columns + 1
+    return np.concatenate([np.stack([a, c, b], 1), np.stack([b, c, d], 1)])
 
 
 def _part(vertices, uv, count):

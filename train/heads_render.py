@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from jaxstyle.align import ffhq_quad
 from train import heads_mesh
 from train.heads_params import HAIR_ANGLES, HAIR_LINES
 
@@ -91,7 +92,6 @@ class Place:
     vertices: np.ndarray
     eyes: tuple
     center: np.ndarray
-    mouth: np.ndarray
 
 
 def project(points):
@@ -108,30 +108,56 @@ def shape(mesh, head, style="photo"):
     for name, weight in targets:
         heads_mesh.add_target(mesh, vertices, name, weight)
     eyes = tuple(vertices[rows].mean(0) for rows in mesh.eyes)
-    mouth = vertices[mesh.parts["mouth"].vertices.ravel()].mean(0)
-    return Place(vertices, eyes, (eyes[0] + eyes[1]) / 2, mouth)
+    center = (eyes[0] + eyes[1]) / 2
+    if head.hair_length > 0:
+        sheet = hang(head, vertices[mesh.skull], center)
+        vertices[len(vertices) - len(sheet) :] = sheet
+    return Place(vertices, eyes, center)
 
 
-def look(head, place, size, yaw=0.0, pitch=0.0):
+def hang(head, skull, center):
+    """The curtain of long hair around the skull [n, 3], [rows × columns, 3].
+
+    An ellipse around the widest part of the skull, open in front, that falls straight,
+    gathered into locks.
+    """
+    rows, columns = heads_mesh.CURTAIN
+    offset = skull - center
+    wide = np.abs(offset[:, 0]).max()
+    axis = offset[np.abs(offset[:, 0]).argmax(), 2]
+    deep = axis - offset[:, 2].min()
+    out = 0.05 + 0.6 * head.hair_volume
+    y = np.linspace(0.45, -head.hair_length - 0.1, rows)[:, None]
+    open_from = np.interp(y, (-0.4, 0.45), (118, 80))
+    angle = np.radians(np.linspace(-1, 1, columns) * open_from)
+    fall = np.clip(0.3 - y, 0, None)
+    grow = np.interp(y, (-0.6, 0.1, 0.45), (1.0, 0.9, 0.3)) * out
+    grow = grow + (head.hair_volume - 0.09) * 0.8 * fall
+    grow = grow + 0.03 * np.sin(11 * angle + 2 * fall + 9 * head.hair_part)
+    x = np.sin(angle) * (wide + grow)
+    z = axis - np.cos(angle) * (deep + grow)
+    sheet = np.stack(np.broadcast_arrays(x, y, z), -1).reshape(-1, 3)
+    return (center + sheet).astype(np.float32)
+
+
+def look(mesh, head, place, size, yaw=0.0, pitch=0.0):
     """The view of a head in the FFHQ crop; `yaw` and `pitch` turn it further (radians).
 
     The crop follows the turned eyes and mouth, except that turning further keeps the
     size it had, so that a head that turns does not grow.
     """
     pivot = place.center + np.array([0, -0.35, -0.7], np.float32)
-    anchors = np.stack([*place.eyes, place.mouth]) - pivot
+    points = place.vertices[mesh.index[list(LANDMARKS)]] - pivot
 
-    def anchored(rotation):
-        eye0, eye1, mouth = project(anchors @ rotation.T)
-        eyes = (eye0 + eye1) / 2
-        extent = max(
-            np.linalg.norm(eye0 - eye1) * 3.75, np.linalg.norm(eyes - mouth) * 3.45
-        )
-        return eyes + (mouth - eyes) * 0.1, extent * head.zoom
+    def crop(rotation):
+        down = np.array([1, -1])  # of pictures, where y points down
+        quad = ffhq_quad(project(points @ rotation.T) * down)
+        extent = np.linalg.norm(quad[1] - quad[0])
+        return quad.mean(0) * down, extent * head.zoom
 
-    _, extent = anchored(_rotation(head.yaw, head.pitch, head.roll))
+    _, extent = crop(_rotation(head.yaw, head.pitch, head.roll))
     rotation = _rotation(head.yaw + yaw, head.pitch + pitch, head.roll)
-    center, _ = anchored(rotation)
+    center, _ = crop(rotation)
     return View(rotation, pivot, center, extent, size)
 
 
@@ -157,7 +183,7 @@ def render(mesh, head, size, style="photo", supersample=2, yaw=0.0, pitch=0.0):
     """
     place = shape(mesh, head, style)
     wide = size * supersample
-    view = look(head, place, wide, yaw, pitch)
+    view = look(mesh, head, place, wide, yaw, pitch)
     rng = np.random.default_rng([head.seed, head.index, 1])
     canvas = Canvas(
         wide,
@@ -291,10 +317,7 @@ class Painter:
         self.draw("clothes", vertices + normals * 0.02, self.paint_clothes)
         if hairy:
             if head.hair_length > 0:
-                wide = np.array([1.03, 1.0, 1.03], np.float32)
-                pivot = place.center + np.array([0, 0, -0.8], np.float32)
-                curtain = pivot + (vertices - pivot) * wide
-                self.draw("hair", curtain, self.paint_curtain)
+                self.draw("curtain", vertices, self.paint_curtain)
             middle = place.center + np.array([0, 0.1, -0.6], np.float32)
             out = vertices - middle
             out /= np.linalg.norm(out, axis=1, keepdims=True) + 1e-6
@@ -475,12 +498,10 @@ class Painter:
     def paint_curtain(self, p, normal, uv, cover):
         color, strands = self.hair_color(p, normal)
         length = self.head.hair_length
-        ends = _ramp(p[:, 1] + 0.08 * strands, -length - 0.06, -length + 0.06)
-        angle = np.degrees(np.arctan2(np.abs(p[:, 0]), p[:, 2] + 0.55))
-        begin = 58 + 22 * _ramp(p[:, 1], 0.0, 0.6)  # behind the hair line at the top
-        front = _ramp(angle, begin, begin + 6)
-        dark = 0.7 + 0.3 * _ramp(p[:, 1], -1.2, 0.4)
-        return color * dark[:, None], ends * front, SHARED["hair"]
+        ends = _ramp(p[:, 1] + 0.15 * strands, -length - 0.05, -length + 0.05)
+        shade = 0.75 + 0.25 * _ramp(p[:, 1], -1.2, 0.4)
+        shade *= 0.4 + 0.6 * _ramp(p[:, 2], -1.5, -0.7)  # behind the neck
+        return color * shade[:, None], ends, SHARED["hair"]
 
 
 def _stylize(image, depth, style, supersample, rng):

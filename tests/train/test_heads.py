@@ -1,5 +1,6 @@
 """Drawn heads: repeatable, complete, and clear about missing data."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxstyle.align import ffhq_quad
 from jaxstyle.errors import UserError
 from train import heads, heads_mesh, heads_render
 
@@ -86,3 +88,27 @@ def test_turning_moves_the_nose(tmp_path):
         heads_render.render(mesh, head, 32, yaw=yaw)[2][30, 0] for yaw in (-0.4, 0.4)
     ]
     assert tips[1] > tips[0] + 1
+
+
+@needs_data
+def test_a_picture_is_the_ffhq_crop_of_its_landmarks():
+    mesh = heads_mesh.load(heads_mesh.data_folder())
+    head = heads.heads_params.sample(mesh, 2, 3)
+    level = dataclasses.replace(head, roll=0.0, zoom=1.0)
+    quad = ffhq_quad(heads_render.render(mesh, level, 64)[2])
+    np.testing.assert_allclose(quad.mean(0), [32, 32], atol=0.05)
+    np.testing.assert_allclose(np.linalg.norm(quad[1] - quad[0]), 64, rtol=1e-3)
+
+
+@needs_data
+def test_long_hair_hangs_beside_the_neck():
+    mesh = heads_mesh.load(heads_mesh.data_folder())
+    head = heads.heads_params.sample(mesh, 2, 3)
+    hair = heads_render.SHARED["hair"]
+    rows = [
+        heads_render.render(mesh, dataclasses.replace(head, hair_length=length), 64)[1][
+            -6:
+        ]
+        for length in (0.0, 2.6)
+    ]
+    assert not (rows[0] == hair).any() and (rows[1] == hair).mean() > 0.2
