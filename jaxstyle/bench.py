@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxstyle.cache import use_compilation_cache
+from jaxstyle.cache import release_memory, use_compilation_cache
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import Discriminator, Generator, resolutions
@@ -148,6 +148,7 @@ def measure(case: Case) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     compile_s = time.perf_counter() - start
+    release_memory()
     times = []
     for _ in range(1 + case.repeats):
         begin = time.perf_counter(), time.process_time()

@@ -1,5 +1,7 @@
 """Compiled programs kept between runs: compiling is part of what a user waits for."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -19,3 +21,13 @@ def use_compilation_cache() -> str:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return folder
+
+
+def release_memory() -> None:
+    """Give memory that the compiler has freed back to the system.
+
+    glibc keeps it for later, some hundred megabytes after a large program; elsewhere
+    this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxstyle import weights
+from jaxstyle.cache import release_memory
 from jaxstyle.errors import UserError
 from train import sharding
 from train.checkpoint import Checkpoints
@@ -97,7 +99,7 @@ def fit(
             batches.set_state(data["position"])
     begin = int(state.step)
     steps = [
-        (every, _compile(step, i, layout, frozen_layout, mesh))
+        (every, _jit(step, i, layout, frozen_layout, mesh))
         for i, (every, step) in enumerate(schedule)
         if every
     ]
@@ -127,6 +129,8 @@ def fit(
             batch = {}
             if batches is not None:
                 batch = sharding.global_batch(next(batches), mesh)
+            if i == begin:
+                steps = _compile(steps, state, frozen, batch, log)
             metrics: dict[str, Array] = {}
             for every, step in steps:
                 if i % every == 0:
@@ -172,9 +176,9 @@ def fit(
     return state
 
 
-def _compile(
+def _jit(
     step: Step, index: int, layout: Any, frozen_layout: Any, mesh: Mesh
-) -> Step:
+) -> jax.stages.Wrapped:
     """One entry of the schedule, jitted, with its own key and fixed layouts."""
 
     def entry(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
@@ -193,6 +197,19 @@ def _compile(
     return jax.jit(
         entry, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))
     )
+
+
+def _compile(steps, state, frozen, batch, log):
+    """The whole schedule compiled before the first iteration, which says how long.
+
+    A step that runs once in many iterations would else stop the run in the middle, and
+    the compiler's memory would add to that of the first step.
+    """
+    start = time.perf_counter()
+    compiled = [(every, f.lower(state, frozen, batch).compile()) for every, f in steps]
+    release_memory()
+    log.say(f"compiled in {time.perf_counter() - start:.1f} s")
+    return compiled
 
 
 def _finite(state: TrainState) -> Array:
