@@ -67,6 +67,9 @@ class Options:
     """Inverts the reference: an encoder's folder, or `optimize` (no encoder needed)."""
     inversion_steps: int = 300
     """Steps of the inversion by optimisation."""
+    inversion_space: Literal["w", "w_plus"] = "w"
+    """Where the optimisation searches: one code pulled to the average one, or a code a
+    row, which resembles the reference more and so teaches a weaker style."""
     inversion: Literal["invert", "mean", "virtual"] = "invert"
     """Code of the reference: its inversion; the mean code (extreme references: animals,
     abstract art; no landmarks needed); or both, mixed by --virtual-mask."""

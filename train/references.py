@@ -72,8 +72,9 @@ def inverted(
 ) -> Array:
     """Codes of the references as w_plus [refs, num_ws, w_dim].
 
-    Optimisation runs in w with a pull to the average: a code that looks like a real
-    face teaches a stronger style than one that reproduces the drawing.
+    Optimisation runs in w unless told otherwise, with a pull to the average: a code
+    that looks like a real face teaches a stronger style than one that reproduces the
+    drawing.
     """
     found = invert.invert(
         generator,
@@ -81,7 +82,9 @@ def inverted(
         pictures,
         encoder=options.encoder,
         search=invert.Search(
-            space="w", steps=options.inversion_steps, lpips=options.lpips
+            space=options.inversion_space,
+            steps=options.inversion_steps,
+            lpips=options.lpips,
         ),
         key=jax.random.fold_in(jax.random.key(options.run.seed), 3),
         progress=jax.process_index() == 0,

