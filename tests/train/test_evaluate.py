@@ -37,15 +37,15 @@ def test_color_transfer_takes_the_colours():
 def test_distances_are_lpips_and_the_style_is_nearest_to_itself():
     model, params = weights.load("lpips_alexnet")
     judge = params["lpips"]
-    a, b = faces(3), faces(2, seed=1)
+    a, b = faces(2), faces(2, seed=1)
     features = [evaluate.describe(judge, x) for x in (a, b)]
     found = np.asarray(evaluate.all_distances(judge, *features))
     sized = [evaluate.judge_size(x) for x in (a, b)]
+    expected = model.lpips.apply({"params": judge}, *sized)
     for i in range(2):
-        expected = model.lpips.apply({"params": judge}, sized[0][:2], sized[1])
         np.testing.assert_allclose(found[i, i], expected[i], rtol=1e-5)
     style = evaluate.style_distances(features[0], [f[:1] for f in features[0]])
-    assert style[0] < 1e-10 and style[1:].min() > 1e-3
+    assert style[0] < 1e-10 and style[1] > 1e-3
 
 
 def test_a_small_table(tmp_path, capsys):
@@ -57,7 +57,7 @@ def test_a_small_table(tmp_path, capsys):
     for kind in ("pencil", "paint"):
         (tmp_path / "heads" / kind).symlink_to(tmp_path / "heads" / "cel")
     args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
-    args += ["--styles", "cel,lorelei", "--methods", "jojo,jojo-half"]
+    args += ["--styles", "cel", "--methods", "jojo,jojo-half"]
     args += ["--extra=--steps 2 --inversion-steps 2", "--out", tmp_path / "out"]
     evaluate.main([str(a) for a in args])
     assert "own nearer" in capsys.readouterr().out
@@ -66,7 +66,6 @@ def test_a_small_table(tmp_path, capsys):
     assert by_name["cel", "inversion"]["ratio"] == 1
     assert 0 < by_name["cel", "jojo"]["lpips"] != by_name["cel", "jojo-half"]["lpips"]
     assert by_name["cel", "jojo"]["memory"] > 100
-    assert "lpips" not in by_name["lorelei", "jojo"]
     assert images.open_image(tmp_path / "out/sheet.jpg").size[0] > 7 * 16
 
 
