@@ -15,6 +15,7 @@ def parse(
     module: str,
     description: str | None,
     args: Sequence[str] | None,
+    default: Any = None,
 ) -> Any:
     """Command line to a dataclass of options, by tyro.
 
@@ -24,10 +25,16 @@ def parse(
       module: shown as `python -m module`.
       description: shown by --help, usually the module's docstring.
       args: instead of the command line.
+      default: an instance to start from, instead of the class's own defaults.
     """
     join_help(options_class)
+    kwargs = {} if default is None else {"default": default}
     return tyro.cli(
-        options_class, args=args, prog=f"python -m {module}", description=description
+        options_class,
+        args=args,
+        prog=f"python -m {module}",
+        description=description,
+        **kwargs,
     )
 
 

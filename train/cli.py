@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -72,7 +72,10 @@ FREE = frozenset(
 
 
 def parse(
-    options_class: type, description: str | None, args: Sequence[str] | None = None
+    options_class: type,
+    description: str | None,
+    args: Sequence[str] | None = None,
+    default: Any = None,
 ):
     """Command line to the options dataclass of a scheme.
 
@@ -80,11 +83,12 @@ def parse(
       options_class: frozen dataclass with a field `run` of type `Shared`.
       description: shown by --help, usually the module's docstring.
       args: instead of the command line.
+      default: an instance to start from, instead of the class's own defaults.
     """
     module = options_class.__module__
     if module == "__main__" and sys.modules[module].__spec__:
         module = sys.modules[module].__spec__.name
-    options = parse_options(options_class, module, description, args)
+    options = parse_options(options_class, module, description, args, default)
     run = options.run
     for name in ("steps", "batch", "log_every"):
         if getattr(run, name) < 1:

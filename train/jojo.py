@@ -61,6 +61,9 @@ class Options:
     """The reference picture, or several."""
     weights: str = weights.DEFAULT
     """Base networks: a name we ship, a converted folder, or a run."""
+    profile: bool = True
+    """Take the defaults that the weights recommend for themselves (`jojo` in their
+    config.json, printed); --no-profile: the published ones."""
     separate: bool = False
     """Several references: learn one style from each, at the same time."""
     encoder: str = "optimize"
@@ -384,6 +387,37 @@ def load_judge(options: Options, model: Any, params: Any) -> tuple[Any, Any]:
     return judge.clone(dtype=options.run.dtype), params["discriminator"]
 
 
+def read(args: list[str] | None) -> Options:
+    """The options of a command line, over the defaults that the weights recommend.
+
+    Raises:
+      UserError: the weights recommend an option that does not exist.
+    """
+    options = parse(Options, __doc__, args)
+    metadata = weights.read_config(options.weights)["metadata"]
+    wanted = dict(metadata.get("jojo", {})) if options.profile else {}
+    if options.preserve_color:
+        wanted.pop("mask", None)  # both choose the layers
+    if not wanted:
+        return options
+    own, run = ({f.name for f in dataclasses.fields(c)} for c in (Options, RunOptions))
+    if unknown := set(wanted) - own - run:
+        raise UserError(
+            f"--weights {options.weights} recommend {', '.join(sorted(unknown))}, no "
+            "option of train.jojo; pass --no-profile"
+        )
+    default = Options(ref=options.ref)
+    for_run = {name: value for name, value in wanted.items() if name in run}
+    default = dataclasses.replace(
+        default,
+        run=dataclasses.replace(default.run, **for_run),
+        **{name: value for name, value in wanted.items() if name in own},
+    )
+    flags = (f"--{name.replace('_', '-')} {value}" for name, value in wanted.items())
+    print(f"defaults of {options.weights}: {' '.join(flags)}")
+    return parse(Options, __doc__, args, default)
+
+
 def resolve(options: Options) -> Options:
     """Defaults that depend on other options.
 
@@ -412,7 +446,7 @@ def resolve(options: Options) -> Options:
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m train.jojo`."""
-    options = resolve(parse(Options, __doc__, args))
+    options = resolve(read(args))
     mesh = start(options.run)
     model, params = weights.load(options.weights)
     generator = model["generator"].clone(dtype=options.run.dtype)

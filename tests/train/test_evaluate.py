@@ -57,15 +57,19 @@ def test_a_small_table(tmp_path, capsys):
     for kind in ("pencil", "paint"):
         (tmp_path / "heads" / kind).symlink_to(tmp_path / "heads" / "cel")
     args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
-    args += ["--styles", "cel", "--methods", "jojo,jojo-half"]
+    args += ["--styles", "cel", "--methods", "default,default-half"]
     args += ["--extra=--steps 2 --inversion-steps 2", "--out", tmp_path / "out"]
     evaluate.main([str(a) for a in args])
     assert "own nearer" in capsys.readouterr().out
     records = json.loads((tmp_path / "out/table.json").read_text())
     by_name = {(r["style_name"], r["method"]): r for r in records}
     assert by_name["cel", "inversion"]["ratio"] == 1
-    assert 0 < by_name["cel", "jojo"]["lpips"] != by_name["cel", "jojo-half"]["lpips"]
-    assert by_name["cel", "jojo"]["memory"] > 100
+    assert (
+        0
+        < by_name["cel", "default"]["lpips"]
+        != by_name["cel", "default-half"]["lpips"]
+    )
+    assert by_name["cel", "default"]["memory"] > 100
     assert images.open_image(tmp_path / "out/sheet.jpg").size[0] > 7 * 16
 
 

@@ -13,6 +13,7 @@ import pytest
 import convert
 from convert import pt
 from convert.stylegan2 import generator_state
+from jaxstyle import weights
 from jaxstyle.errors import UserError
 from jaxstyle.stylegan2 import Discriminator, Generator, style_rows
 from tests.filled import (
@@ -320,3 +321,27 @@ def test_masks_and_alpha_are_checked():
     with pytest.raises(UserError, match="use --mixes"):
         jojo.resolve(dataclasses.replace(here, run=RunOptions(batch=3)))
     assert jojo.resolve(here).run.out == "runs/jojo-test_jojo"
+
+
+def test_weights_recommend_defaults(tmp_path, capsys):
+    networks = {"generator": GENERATOR}
+    params = {"generator": GENERATOR.init_params(key=jax.random.key(0))}
+
+    def saved(name, **wanted):
+        metadata = {"jojo": wanted}
+        weights.save(tmp_path / name, networks, params, metadata=metadata)
+        return ["--ref", "a.png", "--weights", str(tmp_path / name)]
+
+    args = saved("base", perceptual="lpips", steps=100, mask="0-2")
+    options = jojo.read(args)
+    assert (options.perceptual, options.run.steps, options.mask) == (
+        "lpips",
+        100,
+        "0-2",
+    )
+    assert "--perceptual lpips" in capsys.readouterr().out
+    assert jojo.read([*args, "--steps", "7", "--mask", "all"]).run.steps == 7
+    assert jojo.read([*args, "--preserve-color"]).mask == ""
+    assert jojo.read([*args, "--no-profile"]).perceptual == "discriminator"
+    with pytest.raises(UserError, match="recommend styel"):
+        jojo.read(saved("wrong", styel=1))
