@@ -41,8 +41,8 @@ class Options:
     """The picture to learn the style from; none: one that ships with us."""
     weights: str = weights.DEFAULT
     """The model to start from."""
-    steps: int = 300
-    """Training steps."""
+    steps: int = 0
+    """Training steps; 0: what the model recommends, else the published 300."""
     align: bool = True
     """--no-align takes your --photo and --ref as they are, cropped faces already."""
     seed: int = 0
@@ -65,15 +65,14 @@ def learn(options: Options, began: float) -> str:
     reference = options.ref or REFERENCE
     run = options.out / f"jojo-{reference.stem}"
     command = [sys.executable, "-m", "train.jojo", "--ref", str(reference)]
-    command += ["--weights", options.weights, "--steps", str(options.steps)]
+    command += ["--weights", options.weights]
     command += ["--seed", str(options.seed), "--out", str(run)]
-    if options.weights == weights.DEFAULT:
-        # The discriminator that ships with us has seen too few pictures to judge.
-        command += ["--perceptual", "lpips", "--noise-mode", "none", "--mask", "0-4"]
+    if options.steps:
+        command += ["--steps", str(options.steps)]
     # Our own references are cropped faces, some of them drawn: nothing to detect.
     if options.ref is None or not options.align:
         command.append("--no-align")
-    say(f"learning the style of {reference.name} in {options.steps} steps", began)
+    say(f"learning the style of {reference.name}", began)
     print("       python " + shlex.join(command[1:]), flush=True)
     code = subprocess.run(command).returncode
     if code:

@@ -280,7 +280,7 @@ def _run(command: Sequence[str]) -> tuple[float, float]:
 
 def train(options: Options, args: Sequence[str], style: str) -> dict:
     """Run `train.jojo` unless it is finished: its folder, seconds and memory in MB."""
-    name = "-".join(a.strip("-") for a in (*args, *options.extra.split())) or "default"
+    name = "-".join(a.strip("-") for a in (*args, *options.extra.split())) or "published"
     folder = options.out / "runs" / f"{style}-{name}"
     cost = folder / "cost.json"
     if not cost.exists():
