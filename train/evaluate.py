@@ -82,6 +82,7 @@ class Method:
 DEFAULTS = ("--profile",)
 _LPIPS = ("--perceptual", "lpips")
 _QUIET = (*_LPIPS, "--noise-mode", "none")
+_RGB = "0,2,3,5,6,8,9"  # at 64 px: mix what makes colours, keep what makes shapes
 METHODS = {
     "default": Method(DEFAULTS),
     "default-half": Method(DEFAULTS, intensity=0.5),
@@ -98,6 +99,7 @@ METHODS = {
     "jojo-lpips-quiet": Method(_QUIET),
     "jojo-lpips-quiet-100": Method(_QUIET, step=100),
     "jojo-lpips-quiet-0-4": Method((*_QUIET, "--mask", "0-4")),
+    "jojo-lpips-quiet-rgb": Method((*_QUIET, "--mask", _RGB)),
 }
 RIVALS = ("inversion", "colour transfer", "reference")
 
@@ -280,8 +282,9 @@ def _run(command: Sequence[str]) -> tuple[float, float]:
 
 def train(options: Options, args: Sequence[str], style: str) -> dict:
     """Run `train.jojo` unless it is finished: its folder, seconds and memory in MB."""
-    name = "-".join(a.strip("-") for a in (*args, *options.extra.split())) or "published"
-    folder = options.out / "runs" / f"{style}-{name}"
+    flags = (*args, *options.extra.split()) or ("published",)
+    name = "-".join([style, *(flag.strip("-") for flag in flags)])
+    folder = options.out / "runs" / name
     cost = folder / "cost.json"
     if not cost.exists():
         command = ["-m", "train.jojo", "--ref", str(reference_file(style))]
