@@ -175,7 +175,7 @@ def _block(params: Params, x: Array, stride: int, train: bool) -> tuple[Array, d
     return y + x, stats
 
 
-def _norm_shapes(width: int) -> dict:
+def norm_shapes(width: int) -> dict:
     return {
         "scale": Full((width,), 1.0),
         "bias": Full((width,)),
@@ -200,7 +200,7 @@ def trunk_shapes(
     shapes: dict[str, Any] = {
         "input": {
             "conv": _conv_shape(3, in_channels, width),
-            "norm": _norm_shapes(width),
+            "norm": norm_shapes(width),
             "slope": Full((width,), 0.25),
         }
     }
@@ -208,11 +208,11 @@ def trunk_shapes(
         for _ in range(count):
             hidden = width_out // se_ratio
             block = {
-                "norm1": _norm_shapes(width),
+                "norm1": norm_shapes(width),
                 "conv1": _conv_shape(3, width, width_out),
                 "slope": Full((width_out,), 0.25),
                 "conv2": _conv_shape(3, width_out, width_out),
-                "norm2": _norm_shapes(width_out),
+                "norm2": norm_shapes(width_out),
                 "se": {
                     "down": Normal((width_out, hidden), width_out**-0.5),
                     "up": Normal((hidden, width_out), hidden**-0.5),
@@ -221,7 +221,7 @@ def trunk_shapes(
             if width != width_out:
                 block["shortcut"] = {
                     "conv": _conv_shape(1, width, width_out),
-                    "norm": _norm_shapes(width_out),
+                    "norm": norm_shapes(width_out),
                 }
             shapes[f"body_{len(shapes) - 1}"] = block
             width = width_out
@@ -528,7 +528,7 @@ class BackboneWPlusEncoder(nn.Module):
         """
         flat = self.pool**2 * self.channels[-1]
         heads = {
-            "norm": _norm_shapes(self.channels[-1]),
+            "norm": norm_shapes(self.channels[-1]),
             "hidden": {
                 "weight": Normal((flat, self.w_dim), (1 / (3 * flat)) ** 0.5),
                 "bias": Full((self.w_dim,)),
