@@ -63,7 +63,7 @@ def fit(
         pure function (state, frozen, batch) -> (state, metrics); `state.key` is its
         own key, `state.step` the number of finished iterations.
       batches: iterator over dicts of this process's rows [local_batch, ...] with
-        `get_state` and `set_state`; None gives the steps an empty dict.
+        `get_state`, `set_state` and `close`; None gives the steps an empty dict.
       networks: modules by name, those of `state.params`, for `config.json`.
       mesh: of the run; see train.sharding.
       metadata: kept in `config.json`; "scheme" names the scheme.
@@ -112,6 +112,7 @@ def fit(
         jax.set_mesh(mesh),
         contextlib.closing(checkpoints),
         contextlib.closing(log),
+        contextlib.closing(batches) if batches else contextlib.nullcontext(),
         _signals() as caught,
     ):
         if resumed is not None:
