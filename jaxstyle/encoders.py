@@ -6,6 +6,10 @@ One trunk, IR-SE50 (residual blocks with squeeze and excitation), under four rea
 - `Encoder4Editing`: e4e (Tov et al., arXiv 2102.02766), one w and offsets from it;
 - `BackboneWEncoder`, `BackboneWPlusEncoder`: pSp's baselines without a pyramid.
 
+ReStyle's encoders (Alaluf et al., arXiv 2104.02699) are pSp's and e4e's with
+`level_rows=()`, all rows reading the last stage, and six input channels: the picture,
+and what the codes so far make of it (`refine`).
+
 pSp and e4e read a feature pyramid: the coarse rows from the last stage, the middle
 and fine rows from maps of twice and four times its size. Codes are offsets from the
 average code unless the encoder was trained otherwise; `encode` adds it.
@@ -111,8 +115,15 @@ def resize_corners(x: Array, size: int) -> Array:
 
 
 def adaptive_pool(x: Array, size: int) -> Array:
-    """Average [b, h, h, c] over size × size windows, which overlap if uneven."""
-    old = x.shape[1]
+    """Average [b, h, h, c] over size × size windows, which overlap if uneven.
+
+    A smaller picture is enlarged by repeating pixels.
+    """
+    b, old, _, c = x.shape
+    if old % size == 0:
+        return x.reshape(b, size, old // size, size, old // size, c).mean((2, 4))
+    if size % old == 0:
+        return jnp.repeat(jnp.repeat(x, size // old, 1), size // old, 2)
     start = np.arange(size) * old // size
     end = -(-(np.arange(size) + 1) * old // size)
     column = np.arange(old)
@@ -196,6 +207,11 @@ def trunk_shapes(
     in_channels: int, units: tuple[int, ...], channels: tuple[int, ...], se_ratio: int
 ) -> dict:
     """Parameters of `trunk`."""
+    if min(channels) < se_ratio or len(units) != len(channels):
+        raise UserError(
+            f"units {units}, channels {channels}: as many of both, and channels of at "
+            f"least se_ratio, {se_ratio}"
+        )
     width = channels[0]
     shapes: dict[str, Any] = {
         "input": {
@@ -235,6 +251,13 @@ def merge_batch_stats(params: Params, stats: Params) -> dict:
         nested = isinstance(value, Mapping)
         merged[name] = merge_batch_stats(params[name], value) if nested else value
     return merged
+
+
+def batch_stats(params: Params) -> dict:
+    """The running statistics in a tree, nested as a training pass gives them."""
+    nested = {k: batch_stats(v) for k, v in params.items() if isinstance(v, Mapping)}
+    own = {k: params[k] for k in ("mean", "var") if k in params}
+    return own | {k: v for k, v in nested.items() if v}
 
 
 # Heads
@@ -560,6 +583,11 @@ def encode(encoder: nn.Module, params: Params, images: Array) -> Array:
     repeated to all rows.
     """
     codes, _ = encoder.apply({"params": params}, images)
+    return full_codes(encoder, params, codes)
+
+
+def full_codes(encoder: nn.Module, params: Params, codes: Array) -> Array:
+    """What an encoder gives as codes [batch, num_styles, w_dim]; see `encode`."""
     if codes.ndim == 2:
         codes = jnp.repeat(codes[:, None], encoder.num_styles, 1)
     if encoder.start_from_w_avg:
