@@ -470,22 +470,27 @@ class Encoder4Editing(nn.Module):
         self.params = module_params(self)
 
     def __call__(
-        self, images: Array, *, stage: int | None = None, train: bool = False
+        self, images: Array, *, stage: int | Array | None = None, train: bool = False
     ) -> tuple[Array, dict]:
         """Pictures to codes without the average; see `GradualStyleEncoder`.
 
         Args:
           images: [batch, size, size, in_channels].
-          stage: rows 1 .. stage get their offsets: 0 gives a single w, None all. Only
-            the parts of the network that these rows need are run.
+          stage: rows 1 .. stage get their offsets: 0 gives a single w, None all. Of an
+            int only the parts of the network that these rows need are run; of an array
+            [] all are, and the offsets that are not wanted are masked.
           train: see `GradualStyleEncoder`.
         """
         features, stats = _features(self, self.params, images, train)
         last = self.num_styles - 1
-        last = last if stage is None else min(stage, last)
+        if isinstance(stage, int):
+            last = min(stage, last)
         maps = pyramid(self.params, features, level_of(last, self.level_rows) + 1)
         rows = style_rows(self.params, maps, last + 1, self.level_rows)
         base, offsets = rows[:, :1], rows[:, 1:]
+        if isinstance(stage, Array):
+            wanted = jnp.arange(1, self.num_styles) <= stage
+            offsets = jnp.where(wanted[:, None], offsets, 0.0)
         offsets = jnp.pad(offsets, ((0, 0), (1, self.num_styles - 1 - last), (0, 0)))
         features |= {f"level_{k}": x for k, x in enumerate(maps)}
         return base + offsets, _out(features, stats, train)

@@ -27,7 +27,7 @@ from jaxstyle.features import judges
 from jaxstyle.features.identity import ArcFace
 from jaxstyle.invert import for_lpips
 from jaxstyle.stylegan2 import Generator
-from train import data, optim, sharding, transforms
+from train import data, loop, optim, sharding, transforms
 from train.state import TrainState
 
 # pSp's face region, in a picture of 256 px.
@@ -195,13 +195,47 @@ def draw(setup: Setup, generator_params: Any, codes: Array, **noise: Any) -> Arr
     return adaptive_pool(sharding.constrain(image), setup.encoder.size)
 
 
-def run(
+class Encoded(NamedTuple):
+    """Codes [batch, num_ws, w_dim], and new running statistics of a training pass."""
+
+    codes: Array
+    stats: Any = None
+
+
+def encode(
     setup: Setup,
     params: Mapping[str, Any],
     x: Array,
     *,
     before: Passed | None = None,
-    train: bool = False,
+    **arguments: Any,
+) -> Encoded:
+    """Pictures to codes.
+
+    Args:
+      setup: modules.
+      params: of `encoder`.
+      x: inputs [batch, size, size, channels].
+      before: ReStyle: the pass before, whose codes are refined.
+      arguments: `train`, and `stage` of e4e's encoder.
+    """
+    if before is not None:
+        x = jnp.concatenate([x, before.image], -1)
+    codes, out = setup.encoder.apply({"params": params["encoder"]}, x, **arguments)
+    if before is not None:
+        codes = codes + before.codes
+    else:
+        codes = full_codes(setup.encoder, params["encoder"], codes)
+    return Encoded(codes, out.get("batch_stats"))
+
+
+def run(
+    setup: Setup,
+    params: Mapping[str, Any],
+    x: Array,
+    *,
+    noise: Any,
+    key: Array | None = None,
     **arguments: Any,
 ) -> Passed:
     """Encode pictures and draw them again.
@@ -210,21 +244,12 @@ def run(
       setup: modules.
       params: of `encoder` and `generator`.
       x: inputs [batch, size, size, channels].
-      before: ReStyle: the pass before, whose codes are refined.
-      train: batch statistics in the encoder.
-      arguments: `noise` and `key` of the generator; `stage` of e4e's encoder.
+      noise, key: of the generator.
+      arguments: of `encode`.
     """
-    noise = {k: arguments.pop(k) for k in ("noise", "key") if k in arguments}
-    if before is not None:
-        x = jnp.concatenate([x, before.image], -1)
-    variables = {"params": params["encoder"]}
-    codes, out = setup.encoder.apply(variables, x, train=train, **arguments)
-    if before is not None:
-        codes = codes + before.codes
-    else:
-        codes = full_codes(setup.encoder, params["encoder"], codes)
-    image = draw(setup, params["generator"], codes, **noise)
-    return Passed(codes, image, out.get("batch_stats"))
+    codes, stats = encode(setup, params, x, **arguments)
+    image = draw(setup, params["generator"], codes, noise=noise, key=key)
+    return Passed(codes, image, stats)
 
 
 def first_pass(setup: Setup, params: Mapping[str, Any], batch: int) -> Passed:
@@ -290,7 +315,9 @@ def gradients(
     zeros = jax.tree.map(jnp.zeros_like, {name: params[name] for name in trained})
     start = (stats, first_pass(setup, params, size), zeros)
     keys = jax.random.split(key, options.restyle)
-    (stats, _, grads), terms = jax.lax.scan(refine, start, keys)
+    # Convolutions in a loop are slow on CPUs.
+    unroll = jax.default_backend() == "cpu"
+    (stats, _, grads), terms = jax.lax.scan(refine, start, keys, unroll=unroll)
     return grads, jax.tree.map(lambda v: v[-1], terms), stats
 
 
@@ -510,25 +537,35 @@ def preview_of(source: Any, transform: data.Transform) -> dict[str, Array]:
 
 
 def make_sample(
-    setup: Setup, steps: int = 1
+    setup: Setup, steps: int, stage_of: Callable[[Array], Any] | None = None
 ) -> Callable[[TrainState, Mapping[str, Any]], Array]:
-    """Grids of inputs, pictures wanted and pictures made, one row each."""
+    """Grids of inputs, pictures wanted and pictures made, one row each.
+
+    Args:
+      setup: modules.
+      steps: refinements.
+      stage_of: e4e's stage from the step.
+    """
 
     def sample(state, frozen):
         shown = frozen["preview"]
-        passed = evaluate(setup, state.params, inputs(shown), steps)
+        more = {"stage": stage_of(state.step)} if stage_of else {}
+        passed = evaluate(setup, state.params, inputs(shown), steps, **more)
         return jnp.stack([displayed(inputs(shown)), shown["image"], passed.image])
 
     return sample
 
 
-def evaluate(setup: Setup, params: Mapping[str, Any], x: Array, steps: int) -> Passed:
+def evaluate(
+    setup: Setup, params: Mapping[str, Any], x: Array, steps: int, **arguments: Any
+) -> Passed:
     """Encode and draw with fixed noise; `steps` refinements if above 0 (ReStyle)."""
+    arguments |= {"noise": "const"}
     if not steps:
-        return run(setup, params, x, noise="const")
+        return run(setup, params, x, **arguments)
     passed = first_pass(setup, params, x.shape[0])
     for _ in range(steps):
-        passed = run(setup, params, x, before=passed, noise="const")
+        passed = run(setup, params, x, before=passed, **arguments)
     return passed
 
 
@@ -541,13 +578,75 @@ def displayed(x: Array) -> Array:
     return jnp.repeat(2 * grey - 1, 3, -1)
 
 
+def training_data(
+    options: EncodingOptions, kind: str, transform: Callable[..., Any], run: Any, mesh
+) -> tuple[data.Batches, dict[str, Array], str]:
+    """Batches, pictures for the sample grids, and a digest of the data.
+
+    Args:
+      options: what to read, and how.
+      kind: of `TRANSFORMS`.
+      transform: (mirror=bool) -> the transform.
+      run: RunOptions.
+      mesh: of the run.
+    """
+    source = open_data(options, kind)
+    batches = data.batches(
+        source,
+        run.batch,
+        mesh,
+        seed=run.seed,
+        transform=transform(mirror=options.mirror),
+        reading=options.reading,
+    )
+    preview = preview_of(source, transform(mirror=False))
+    return batches, preview, data.fingerprint(source)
+
+
+def validation(
+    options: EncodingOptions,
+    kind: str,
+    transform: Callable[..., Any],
+    run: Any,
+    mesh: Any,
+    setup: Setup,
+    losses: Callable[[Mapping[str, Any], Mapping[str, Any], Any, Any], dict],
+) -> tuple[int, loop.Validate] | None:
+    """What `fit` validates with, or None where there is no set to validate on.
+
+    Args:
+      options, kind, transform, run, mesh: see `training_data`.
+      setup: weights of the losses.
+      losses: see `make_validate`.
+    """
+    if not options.val_data:
+        return None
+    source = open_data(options, kind, validation=True)
+    places = sharding.batch_places(mesh)
+    batch = max(places, min(run.batch, len(source) // places * places))
+
+    def open_batches():
+        return data.batches(
+            source,
+            batch,
+            mesh,
+            seed=0,
+            transform=transform(mirror=False),
+            shuffle=False,
+            reading=options.reading,
+        )
+
+    validate = make_validate(setup, open_batches, len(source), batch, mesh, losses)
+    return options.val_every, validate
+
+
 def make_validate(
     setup: Setup,
     batches: Callable[[], data.Batches],
     count: int,
     batch: int,
     mesh: Any,
-    losses: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Array]],
+    losses: Callable[[Mapping[str, Any], Mapping[str, Any], Any, Any], dict],
 ) -> Callable[[TrainState, Mapping[str, Any]], dict[str, float]]:
     """Mean losses over a whole validation set, stored statistics in the encoder.
 
@@ -557,7 +656,7 @@ def make_validate(
       count: samples in the set.
       batch: global batch; what the last one has too much is not counted.
       mesh: of the run.
-      losses: (params, frozen, batch) to values [batch] by name.
+      losses: (params, frozen, batch, step) to values [batch] by name.
     """
     everywhere = sharding.replicated(mesh)
     step = jax.jit(losses, out_shardings=everywhere)
@@ -565,9 +664,8 @@ def make_validate(
     def validate(state, frozen):
         stream, sums, left = batches(), {}, count
         while left > 0:
-            values = step(
-                state.params, frozen, sharding.global_batch(next(stream), mesh)
-            )
+            rows = sharding.global_batch(next(stream), mesh)
+            values = step(state.params, frozen, rows, state.step)
             for name, value in jax.device_get(values).items():
                 sums[name] = sums.get(name, 0.0) + float(np.sum(value[:left]))
             left -= batch

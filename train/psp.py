@@ -55,7 +55,7 @@ from jaxstyle.encoders import (
     GradualStyleEncoder,
 )
 from jaxstyle.errors import UserError, cli
-from train import data, encoding, loop, sharding
+from train import encoding, loop, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out
 from train.encoding import EncodingOptions, Passed, Setup
 from train.state import TrainState, create_state
@@ -314,17 +314,15 @@ def train(options: Options, mesh: Any) -> TrainState:
         shown = generate(setup, params["generator"], key, encoding.PREVIEW)
         frozen["preview"] = {"image": shown["image"]}
     else:
-        source = encoding.open_data(common, kind)
-        identity["data"] = data.fingerprint(source)
-        batches = data.batches(
-            source,
-            run.batch,
-            mesh,
-            seed=run.seed,
-            transform=make(mirror=common.mirror),
-            reading=common.reading,
+        batches, frozen["preview"], identity["data"] = encoding.training_data(
+            common, kind, make, run, mesh
         )
-        frozen["preview"] = encoding.preview_of(source, make(mirror=False))
+
+    def validation_losses(params, frozen, batch, _):
+        x = encoding.inputs(batch)
+        passed = encoding.evaluate(setup, params, x, common.restyle)
+        return losses(setup, params, frozen, batch, passed)
+
     return loop.fit(
         options,
         create_state(params, optimizers, key=jax.random.key(run.seed)),
@@ -336,41 +334,10 @@ def train(options: Options, mesh: Any) -> TrainState:
         metadata=metadata,
         identity=identity,
         sample=encoding.make_sample(setup, common.restyle),
-        validate=make_validation(options, setup, mesh, make(mirror=False)),
+        validate=encoding.validation(
+            common, kind, make, run, mesh, setup, validation_losses
+        ),
     )
-
-
-def make_validation(
-    options: Options, setup: Setup, mesh: Any, transform: data.Transform
-) -> tuple[int, loop.Validate] | None:
-    """What `fit` validates with, if there is a set to validate on."""
-    common = options.common
-    if not common.val_data:
-        return None
-    source = encoding.open_data(common, inputs_of(options), validation=True)
-    places = sharding.batch_places(mesh)
-    batch = min(options.run.batch, len(source) // places * places)
-
-    def values(params, frozen, batch):
-        x = encoding.inputs(batch)
-        passed = encoding.evaluate(setup, params, x, common.restyle)
-        return losses(setup, params, frozen, batch, passed)
-
-    def open_batches():
-        return data.batches(
-            source,
-            batch,
-            mesh,
-            seed=0,
-            transform=transform,
-            shuffle=False,
-            reading=common.reading,
-        )
-
-    validate = encoding.make_validate(
-        setup, open_batches, len(source), batch, mesh, values
-    )
-    return common.val_every, validate
 
 
 @cli

@@ -35,10 +35,14 @@ AVERAGE = np.float32(0.3) * draw("golden-v1", "latent_avg", (512,))
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
+    """pSp's networks."""
+    return load_original(tmp_path_factory.mktemp("files"), "psp_encoder")
+
+
+def load_original(folder, manifest):
     """Encoder of 8 rows, a 32 px decoder and the judges, through files."""
-    folder = tmp_path_factory.mktemp("files")
     state = {
-        f"encoder.{k}": v for k, v in filled_state_dict("psp_encoder", styles=8).items()
+        f"encoder.{k}": v for k, v in filled_state_dict(manifest, styles=8).items()
     }
     larger = filled_state_dict("stylegan2_g_64")
     dropped = ("convs.6.", "convs.7.", "to_rgbs.3.", "noises.noise_7", "noises.noise_8")
@@ -48,7 +52,7 @@ def original(tmp_path_factory):
         {
             "state_dict": state,
             "latent_avg": np.repeat(AVERAGE[None], 8, 0),
-            "opts": {"encoder_type": "GradualStyleEncoder"},
+            "opts": {"stylegan_size": 32} if "e4e" in manifest else {},
         },
     )
     pt.write(folder / "arcface.pth", dict(filled_state_dict("model_ir_se50")))
