@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import encoder, nvidia, pt, stylegan2
+from convert import encoder, features, nvidia, pt, stylegan2
 from convert.layouts import FLOATS, listed
 from convert.nvidia import Module
 from convert.report import Report
@@ -28,6 +28,9 @@ LICENCES = {
     "rosinality": f"weights you trained are yours; {FFHQ_TERMS}",
     "encoder": f"MIT (pSp, e4e) for the code; its weights and decoder, {FFHQ_TERMS}",
     "nvidia": f"weights you trained are yours; {FFHQ_TERMS}",
+    "pixels": "trunk: BSD-3 (torchvision, trained on ImageNet); heads: BSD-2 (lpips)",
+    "arcface": "MIT (TreB1eN) for the code; the faces it learned from have their terms",
+    "resnet": "torchvision's: BSD-3; MoCo's: CC BY-NC 4.0 (Meta), non-commercial",
     "codes": "that of the picture and of the generator it belongs to",
 }
 # Entries of training checkpoints that no network here is made of.
@@ -49,12 +52,18 @@ IGNORED = {
 Loaded = tuple[dict[str, Any], dict[str, Any], Report]
 
 
-def load(path: str | os.PathLike, *, kind: str | None = None) -> Loaded:
+def load(
+    path: str | os.PathLike,
+    *,
+    kind: str | None = None,
+    heads: str | os.PathLike | None = None,
+) -> Loaded:
     """Networks and parameters of an original file.
 
     Args:
       path: a file of torch.save (both formats) or an NVIDIA pickle.
       kind: `psp` or `e4e` for an encoder whose file does not tell.
+      heads: for a trunk of torchvision, the lpips package's file of LPIPS heads.
 
     Returns:
       Modules by name, their parameters (nested dicts of float32 numpy arrays), and a
@@ -73,7 +82,7 @@ def load(path: str | os.PathLike, *, kind: str | None = None) -> Loaded:
             value = nvidia.read(data)
         else:
             value = pt.parse(data, pt.tensor_functions(len(data)))
-        networks, params = _recognise(value, kind, report)
+        networks, params = _recognise(value, kind, heads, report)
         weights.check_params(networks, params, "the file")
     except UserError as e:
         raise UserError(f"{os.fspath(path)}: {e}") from None
@@ -84,7 +93,7 @@ def load(path: str | os.PathLike, *, kind: str | None = None) -> Loaded:
     return networks, params, report
 
 
-def _recognise(value: Any, kind: str | None, report: Report):
+def _recognise(value: Any, kind: str | None, heads: Any, report: Report):
     """Networks and parameters of an object, by its keys."""
     if isinstance(value, np.ndarray):
         return _direction(value, report)
@@ -94,6 +103,10 @@ def _recognise(value: Any, kind: str | None, report: Report):
         raise UserError(f"it holds a {type(value).__name__}, not named weights")
     if any(isinstance(v, Module) for v in value.values()):
         return _snapshot(value, report)
+    if judge := _judge(value, heads, report):
+        return judge
+    if heads is not None:
+        raise UserError("--heads is given, but it holds no AlexNet or VGG-16")
     value = _bare(value)
     if isinstance(value.get("latent"), np.ndarray):
         return _codes(value, report)
@@ -104,6 +117,31 @@ def _recognise(value: Any, kind: str | None, report: Report):
     raise UserError(
         f"its keys are those of no known file: {listed(value) or 'there are none'}"
     )
+
+
+def _judge(value: Mapping[str, Any], heads: Any, report: Report):
+    """A network that training compares pictures by, or None."""
+    inner = value.get("state_dict")
+    state = _stripped(inner if isinstance(inner, dict) else value)
+    if any(key.startswith("encoder_q.") for key in state):
+        report.kind, report.licence = "MoCo checkpoint", LICENCES["resnet"]
+        return features.resnet(features.query_encoder(state, report), report)
+    if net := features.trunk_of(state):
+        report.kind, report.licence = f"torchvision {net}", LICENCES["pixels"]
+        heads = None if heads is None else _stripped(pt.read(heads))
+        return features.pixels(state, net, heads, report)
+    if features.is_arcface(state):
+        report.kind, report.licence = "ArcFace network", LICENCES["arcface"]
+        return features.arcface(state, report)
+    if features.is_resnet(state):
+        report.kind, report.licence = "torchvision ResNet", LICENCES["resnet"]
+        return features.resnet(state, report)
+    if features.is_heads(state):
+        raise UserError(
+            "it holds LPIPS heads alone; give the file of the trunk (torchvision's "
+            "alexnet or vgg16), and this one as --heads"
+        )
+    return None
 
 
 def _bare(value: Mapping[str, Any]) -> dict[str, Any]:

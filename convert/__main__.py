@@ -21,8 +21,9 @@ class Options:
     """Read weights of the original projects, or write ours back for them.
 
     FILE may be a .pt or .pth file of rosinality's StyleGAN2, JoJoGAN, StyleGAN-NADA,
-    pSp or e4e, inverted codes, an editing direction, or a .pkl of NVIDIA's
-    stylegan2-ada-pytorch. No code in it is ever run.
+    pSp or e4e, inverted codes, an editing direction, a judge (torchvision's AlexNet,
+    VGG or ResNet, ArcFace's model_ir_se50.pth, MoCo's ResNet-50), or a .pkl of
+    NVIDIA's stylegan2-ada-pytorch. No code in it is ever run.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -37,6 +38,8 @@ class Options:
     """`pt` writes a folder of ours in the original layout."""
     kind: Literal["psp", "e4e"] | None = None
     """For an encoder whose file does not say which it is."""
+    heads: str | None = None
+    """For torchvision's AlexNet or VGG-16: LPIPS heads, the lpips package's file."""
     legacy: bool = False
     """With --to pt: the stream format of torch before 1.6."""
     force: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
@@ -53,7 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{options.out} exists already; --force replaces it")
     if options.to == "pt":
         return _to_pt(options)
-    networks, params, report = convert.load(options.file, kind=options.kind)
+    networks, params, report = convert.load(
+        options.file, kind=options.kind, heads=options.heads
+    )
     print(*report.lines(), sep="\n")
     if options.check:
         return None

@@ -4,13 +4,20 @@ pSp's and e4e's pyramid encoders have the same keys and differ in how they are r
 only the file's options tell them apart.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from convert.layouts import Table, check_keys, highest, shape, to_params, to_state
+from convert.layouts import (
+    Table,
+    check_keys,
+    highest,
+    listed,
+    shape,
+    to_params,
+    to_state,
+)
 from convert.report import Report
 from convert.stylegan2 import without
 from jaxstyle.encoders import (
@@ -27,7 +34,8 @@ Encoder = (
 )
 
 
-def _norm(table: Table, key: str, path: tuple[str, ...]) -> None:
+def add_norm(table: Table, key: str, path: tuple[str, ...]) -> None:
+    """Names of a batch normalisation."""
     for theirs, ours in (
         ("weight", "scale"),
         ("bias", "bias"),
@@ -37,45 +45,80 @@ def _norm(table: Table, key: str, path: tuple[str, ...]) -> None:
         table[f"{key}.{theirs}"] = (*path, ours), "vector"
 
 
-def _layer(table: Table, key: str, path: tuple[str, ...], layout: str) -> None:
+def add_layer(table: Table, key: str, path: tuple[str, ...], layout: str) -> None:
+    """Names of a weight and its bias."""
     table[f"{key}.weight"] = (*path, "weight"), layout
     table[f"{key}.bias"] = (*path, "bias"), "vector"
 
 
-def encoder_table(
-    units: tuple[int, ...], shortcuts: set[int], head_convs: list[int], laterals: int
-) -> Table:
-    """Names of an encoder.
+def trunk_table(blocks: int, shortcuts: set[int]) -> Table:
+    """Names of an IR-SE trunk.
 
     Args:
-      units: residual blocks in each stage.
+      blocks: residual blocks in all stages.
       shortcuts: blocks whose shortcut is a convolution.
-      head_convs: convolutions of each row's head; empty for the W baselines.
-      laterals: maps that join the pyramid from below.
     """
     table: Table = {"input_layer.0.weight": (("input", "conv"), "conv")}
-    _norm(table, "input_layer.1", ("input", "norm"))
+    add_norm(table, "input_layer.1", ("input", "norm"))
     table["input_layer.2.weight"] = ("input", "slope"), "vector"
-    for i in range(sum(units)):
+    for i in range(blocks):
         key, name = f"body.{i}.res_layer", f"body_{i}"
-        _norm(table, f"{key}.0", (name, "norm1"))
+        add_norm(table, f"{key}.0", (name, "norm1"))
         table[f"{key}.1.weight"] = (name, "conv1"), "conv"
         table[f"{key}.2.weight"] = (name, "slope"), "vector"
         table[f"{key}.3.weight"] = (name, "conv2"), "conv"
-        _norm(table, f"{key}.4", (name, "norm2"))
+        add_norm(table, f"{key}.4", (name, "norm2"))
         table[f"{key}.5.fc1.weight"] = (name, "se", "down"), "dense_1x1"
         table[f"{key}.5.fc2.weight"] = (name, "se", "up"), "dense_1x1"
         if i in shortcuts:
             shortcut = f"body.{i}.shortcut_layer"
             table[f"{shortcut}.0.weight"] = (name, "shortcut", "conv"), "conv"
-            _norm(table, f"{shortcut}.1", (name, "shortcut", "norm"))
+            add_norm(table, f"{shortcut}.1", (name, "shortcut", "norm"))
+    return table
+
+
+def trunk_fields(state: Mapping[str, Any]) -> tuple[dict[str, Any], int, set[int]]:
+    """Fields of an IR-SE trunk, its number of blocks and of those with a shortcut."""
+    blocks = max(highest(state, r"body\.(\d+)\.", 200) + 1, 1)
+    shortcuts = {
+        i for i in range(blocks) if f"body.{i}.shortcut_layer.0.weight" in state
+    }
+    missing = [k for k in trunk_table(blocks, shortcuts) if k not in state]
+    if missing:
+        raise UserError(f"missing keys of the trunk: {listed(missing)}")
+    starts = sorted({0} | shortcuts)
+    squeezed = shape(state, "body.0.res_layer.5.fc1.weight", 4)
+    channels = tuple(shape(state, f"body.{i}.res_layer.3.weight", 4)[0] for i in starts)
+    ratio = squeezed[1] // squeezed[0]
+    if not 1 <= ratio <= min(channels):
+        raise UserError(f"body.0.res_layer.5.fc1.weight has shape {list(squeezed)}")
+    fields = {
+        "in_channels": shape(state, "input_layer.0.weight", 4)[1],
+        "units": tuple(np.diff([*starts, blocks]).tolist()),
+        "channels": channels,
+        "se_ratio": ratio,
+    }
+    return fields, blocks, shortcuts
+
+
+def encoder_table(
+    blocks: int, shortcuts: set[int], head_convs: list[int], laterals: int
+) -> Table:
+    """Names of an encoder.
+
+    Args:
+      blocks, shortcuts: see `trunk_table`.
+      head_convs: convolutions of each row's head; empty for the W baselines.
+      laterals: maps that join the pyramid from below.
+    """
+    table = trunk_table(blocks, shortcuts)
     for k in range(1, laterals + 1):
-        _layer(table, f"latlayer{k}", (f"lateral_{k}",), "conv")
+        add_layer(table, f"latlayer{k}", (f"lateral_{k}",), "conv")
     for row, convs in enumerate(head_convs):
         for i in range(convs):
             key = f"styles.{row}.convs.{2 * i}"
-            _layer(table, key, (f"style_{row}", f"conv_{i}"), "conv")
-        _layer(table, f"styles.{row}.linear", (f"style_{row}", "dense"), "dense")
+            add_layer(table, key, (f"style_{row}", f"conv_{i}"), "conv")
+        add_layer(table, f"styles.{row}.linear", (f"style_{row}", "dense"), "dense")
     return table
 
 
@@ -103,49 +146,30 @@ def encoder(
       report: what happened.
     """
     state = without(state, r"num_batches_tracked$", "counters of batches", report)
-    if any(re.match(r"output_layer\.", k) for k in state):
-        raise UserError("it is an ArcFace backbone, not an encoder")
-    blocks = max(highest(state, r"body\.(\d+)\.", 200) + 1, 1)
-    shortcuts = {
-        i for i in range(blocks) if f"body.{i}.shortcut_layer.0.weight" in state
-    }
-    starts = sorted({0} | shortcuts)
-    units = tuple(np.diff([*starts, blocks]).tolist())
+    fields, blocks, shortcuts = trunk_fields(state)
     rows = highest(state, r"styles\.(\d+)\.", 40) + 1
     convs = [
         highest(state, rf"styles\.{row}\.convs\.(\d+)\.", 40) // 2 + 1
         for row in range(rows)
     ]
     laterals = highest(state, r"latlayer(\d+)\.", 8)
-    table = encoder_table(units, shortcuts, convs, max(laterals, 0))
+    table = encoder_table(blocks, shortcuts, convs, max(laterals, 0))
     if not rows:
-        _layer(table, "linear", ("dense",), "dense")
+        add_layer(table, "linear", ("dense",), "dense")
     naive = any(k.startswith("output_layer_2.") for k in state)
     if naive:
-        _norm(table, "output_layer_2.0", ("norm",))
-        _layer(table, "output_layer_2.3", ("hidden",), "flat_7")
+        add_norm(table, "output_layer_2.0", ("norm",))
+        add_layer(table, "output_layer_2.3", ("hidden",), "flat_7")
     check_keys(state, table, "encoder")
 
-    first = shape(state, "input_layer.0.weight", 4)
     if rows and laterals < 0:
         raise UserError(
-            f"it is a ReStyle encoder ({first[1]} input channels, no pyramid), which "
-            "this version does not run"
+            f"it is a ReStyle encoder ({fields['in_channels']} input channels, no "
+            "pyramid), which this version does not run"
         )
-    channels = tuple(shape(state, f"body.{i}.res_layer.3.weight", 4)[0] for i in starts)
-    squeezed = shape(state, "body.0.res_layer.5.fc1.weight", 4)
-    ratio = squeezed[1] // squeezed[0]
-    if not 1 <= ratio <= min(channels):
-        raise UserError(f"body.0.res_layer.5.fc1.weight has shape {list(squeezed)}")
-    fields = {
-        "in_channels": first[1],
-        "units": units,
-        "channels": channels,
-        "se_ratio": ratio,
-        "start_from_w_avg": start_from_w_avg,
-    }
+    fields["start_from_w_avg"] = start_from_w_avg
     if rows:
-        fields |= _pyramid(state, convs, laterals, len(units))
+        fields |= _pyramid(state, convs, laterals, len(fields["units"]))
         module = (Encoder4Editing if kind == "e4e" else GradualStyleEncoder)(**fields)
         name = "e4e" if kind == "e4e" else "pSp"
     elif naive:
@@ -204,7 +228,7 @@ def latent_discriminator_table(depth: int) -> Table:
     """Names of e4e's latent discriminator."""
     table: Table = {}
     for i in range(depth):
-        _layer(table, f"mlp.{2 * i}", (f"dense_{i}",), "dense")
+        add_layer(table, f"mlp.{2 * i}", (f"dense_{i}",), "dense")
     return table
 
 
@@ -217,12 +241,12 @@ def encoder_state(module: Encoder, params: Mapping[str, Any]) -> dict[str, np.nd
         for row in range(module.num_styles if "style_0" in params else 0)
     ]
     laterals = sum(n.startswith("lateral_") for n in params)
-    table = encoder_table(module.units, shortcuts, heads, laterals)
+    table = encoder_table(sum(module.units), shortcuts, heads, laterals)
     if "dense" in params:
-        _layer(table, "linear", ("dense",), "dense")
+        add_layer(table, "linear", ("dense",), "dense")
     if "norm" in params:
-        _norm(table, "output_layer_2.0", ("norm",))
-        _layer(table, "output_layer_2.3", ("hidden",), "flat_7")
+        add_norm(table, "output_layer_2.0", ("norm",))
+        add_layer(table, "output_layer_2.3", ("hidden",), "flat_7")
         if module.pool != 7:
             raise UserError(
                 f"the encoder pools to {module.pool} pixels, PyTorch's to 7"

@@ -6,6 +6,10 @@ One trunk, IR-SE50 (residual blocks with squeeze and excitation), under four rea
 - `Encoder4Editing`: e4e (Tov et al., arXiv 2102.02766), one w and offsets from it;
 - `BackboneWEncoder`, `BackboneWPlusEncoder`: pSp's baselines without a pyramid.
 
+ReStyle's encoders (Alaluf et al., arXiv 2104.02699) are pSp's and e4e's with
+`level_rows=()`, all rows reading the last stage, and six input channels: the picture,
+and what the codes so far make of it (`refine`).
+
 pSp and e4e read a feature pyramid: the coarse rows from the last stage, the middle
 and fine rows from maps of twice and four times its size. Codes are offsets from the
 average code unless the encoder was trained otherwise; `encode` adds it.
@@ -111,8 +115,15 @@ def resize_corners(x: Array, size: int) -> Array:
 
 
 def adaptive_pool(x: Array, size: int) -> Array:
-    """Average [b, h, h, c] over size × size windows, which overlap if uneven."""
-    old = x.shape[1]
+    """Average [b, h, h, c] over size × size windows, which overlap if uneven.
+
+    A smaller picture is enlarged by repeating pixels.
+    """
+    b, old, _, c = x.shape
+    if old % size == 0:
+        return x.reshape(b, size, old // size, size, old // size, c).mean((2, 4))
+    if size % old == 0:
+        return jnp.repeat(jnp.repeat(x, size // old, 1), size // old, 2)
     start = np.arange(size) * old // size
     end = -(-(np.arange(size) + 1) * old // size)
     column = np.arange(old)
@@ -175,7 +186,7 @@ def _block(params: Params, x: Array, stride: int, train: bool) -> tuple[Array, d
     return y + x, stats
 
 
-def _norm_shapes(width: int) -> dict:
+def norm_shapes(width: int) -> dict:
     return {
         "scale": Full((width,), 1.0),
         "bias": Full((width,)),
@@ -196,11 +207,16 @@ def trunk_shapes(
     in_channels: int, units: tuple[int, ...], channels: tuple[int, ...], se_ratio: int
 ) -> dict:
     """Parameters of `trunk`."""
+    if min(channels) < se_ratio or len(units) != len(channels):
+        raise UserError(
+            f"units {units}, channels {channels}: as many of both, and channels of at "
+            f"least se_ratio, {se_ratio}"
+        )
     width = channels[0]
     shapes: dict[str, Any] = {
         "input": {
             "conv": _conv_shape(3, in_channels, width),
-            "norm": _norm_shapes(width),
+            "norm": norm_shapes(width),
             "slope": Full((width,), 0.25),
         }
     }
@@ -208,11 +224,11 @@ def trunk_shapes(
         for _ in range(count):
             hidden = width_out // se_ratio
             block = {
-                "norm1": _norm_shapes(width),
+                "norm1": norm_shapes(width),
                 "conv1": _conv_shape(3, width, width_out),
                 "slope": Full((width_out,), 0.25),
                 "conv2": _conv_shape(3, width_out, width_out),
-                "norm2": _norm_shapes(width_out),
+                "norm2": norm_shapes(width_out),
                 "se": {
                     "down": Normal((width_out, hidden), width_out**-0.5),
                     "up": Normal((hidden, width_out), hidden**-0.5),
@@ -221,7 +237,7 @@ def trunk_shapes(
             if width != width_out:
                 block["shortcut"] = {
                     "conv": _conv_shape(1, width, width_out),
-                    "norm": _norm_shapes(width_out),
+                    "norm": norm_shapes(width_out),
                 }
             shapes[f"body_{len(shapes) - 1}"] = block
             width = width_out
@@ -235,6 +251,13 @@ def merge_batch_stats(params: Params, stats: Params) -> dict:
         nested = isinstance(value, Mapping)
         merged[name] = merge_batch_stats(params[name], value) if nested else value
     return merged
+
+
+def batch_stats(params: Params) -> dict:
+    """The running statistics in a tree, nested as a training pass gives them."""
+    nested = {k: batch_stats(v) for k, v in params.items() if isinstance(v, Mapping)}
+    own = {k: params[k] for k in ("mean", "var") if k in params}
+    return own | {k: v for k, v in nested.items() if v}
 
 
 # Heads
@@ -447,22 +470,27 @@ class Encoder4Editing(nn.Module):
         self.params = module_params(self)
 
     def __call__(
-        self, images: Array, *, stage: int | None = None, train: bool = False
+        self, images: Array, *, stage: int | Array | None = None, train: bool = False
     ) -> tuple[Array, dict]:
         """Pictures to codes without the average; see `GradualStyleEncoder`.
 
         Args:
           images: [batch, size, size, in_channels].
-          stage: rows 1 .. stage get their offsets: 0 gives a single w, None all. Only
-            the parts of the network that these rows need are run.
+          stage: rows 1 .. stage get their offsets: 0 gives a single w, None all. Of an
+            int only the parts of the network that these rows need are run; of an array
+            [] all are, and the offsets that are not wanted are masked.
           train: see `GradualStyleEncoder`.
         """
         features, stats = _features(self, self.params, images, train)
         last = self.num_styles - 1
-        last = last if stage is None else min(stage, last)
+        if isinstance(stage, int):
+            last = min(stage, last)
         maps = pyramid(self.params, features, level_of(last, self.level_rows) + 1)
         rows = style_rows(self.params, maps, last + 1, self.level_rows)
         base, offsets = rows[:, :1], rows[:, 1:]
+        if isinstance(stage, Array):
+            wanted = jnp.arange(1, self.num_styles) <= stage
+            offsets = jnp.where(wanted[:, None], offsets, 0.0)
         offsets = jnp.pad(offsets, ((0, 0), (1, self.num_styles - 1 - last), (0, 0)))
         features |= {f"level_{k}": x for k, x in enumerate(maps)}
         return base + offsets, _out(features, stats, train)
@@ -528,7 +556,7 @@ class BackboneWPlusEncoder(nn.Module):
         """
         flat = self.pool**2 * self.channels[-1]
         heads = {
-            "norm": _norm_shapes(self.channels[-1]),
+            "norm": norm_shapes(self.channels[-1]),
             "hidden": {
                 "weight": Normal((flat, self.w_dim), (1 / (3 * flat)) ** 0.5),
                 "bias": Full((self.w_dim,)),
@@ -560,6 +588,11 @@ def encode(encoder: nn.Module, params: Params, images: Array) -> Array:
     repeated to all rows.
     """
     codes, _ = encoder.apply({"params": params}, images)
+    return full_codes(encoder, params, codes)
+
+
+def full_codes(encoder: nn.Module, params: Params, codes: Array) -> Array:
+    """What an encoder gives as codes [batch, num_styles, w_dim]; see `encode`."""
     if codes.ndim == 2:
         codes = jnp.repeat(codes[:, None], encoder.num_styles, 1)
     if encoder.start_from_w_avg:

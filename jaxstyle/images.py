@@ -38,6 +38,15 @@ _SAVE_OPTIONS = {
 }
 
 
+def open_labels(path):
+    """Read a label map as a `PIL.Image` of mode L whose values are the classes.
+
+    From an index picture (grey), or a palette picture, whose indices count; a colour
+    picture must be grey. Raises `UserError` as `open_image` does.
+    """
+    return _open(path, _to_labels)
+
+
 def open_image(path):
     """Read a picture file as an upright 8-bit RGB `PIL.Image`.
 
@@ -46,6 +55,10 @@ def open_image(path):
     Raises `UserError` for missing, damaged or truncated files, for pictures of more
     than `MAX_PIXELS`, and for formats this does not read.
     """
+    return _open(path, _to_rgb)
+
+
+def _open(path, convert):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one picture")
@@ -65,7 +78,7 @@ def open_image(path):
                         f"{MAX_PIXELS // 10**6} million allowed; make it smaller"
                     )
                 image.load()
-                return _to_rgb(_upright(image), path)
+                return convert(_upright(image), path)
         except UserError:
             raise
         except Image.UnidentifiedImageError:
@@ -111,6 +124,21 @@ def _to_rgb(image, path):
         return Image.alpha_composite(white, rgba).convert("RGB")
     # A copy, so that nothing refers to the file once it is closed.
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _to_labels(image, path):
+    """Classes of a grey, palette or 16-bit picture."""
+    if image.mode == "P":
+        return Image.fromarray(np.array(image))
+    if image.mode.startswith("I") and np.asarray(image).max() < 256:
+        return Image.fromarray(np.asarray(image).astype(np.uint8))
+    colours = np.asarray(_to_rgb(image, path))
+    if (colours != colours[..., :1]).any():
+        raise UserError(
+            f"{path} is a colour picture; a label map is grey (its values the classes) "
+            "or has a palette"
+        )
+    return Image.fromarray(colours[..., 0].copy())
 
 
 def _from_16_bit(values):

@@ -1,9 +1,9 @@
 """Faces and their 68 landmarks in a picture, without anything but JAX and Pillow.
 
 Two small networks of face-api.js (V. Mühler, 2018; MIT), ported; their weights ship in
-`assets/landmarks` as the original's bytes, one scale and offset a tensor. The points
-follow the iBUG order: jaw 0-16, brows 17-26, nose 27-35, left eye 36-41 (left in the
-picture), right eye 42-47, mouth 48-67.
+`assets/landmarks` as the original's bytes. The points follow the iBUG order: jaw 0-16,
+brows 17-26, nose 27-35, left eye 36-41 (left in the picture), right eye 42-47, mouth
+48-67.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from jax import Array, lax
 from PIL import Image
 
 from jaxstyle import weights
-from jaxstyle.init import module_params
+from jaxstyle.init import Normal, initialize, module_params
 
 DETECTOR_SIZE = 320
 LANDMARK_SIZE = 112
@@ -75,7 +75,7 @@ class TinyFaceDetector(nn.Module):
     channels: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
 
     def init_params(self, *, key: Array) -> dict:
-        """Random bytes in the tree of the weights."""
+        """A random network."""
         first, *_ = self.channels
         tree = {"conv_0": {"weight": (3, 3, 3, first), "bias": (first,)}}
         for i in range(1, len(self.channels)):
@@ -85,7 +85,7 @@ class TinyFaceDetector(nn.Module):
             "weight": (1, 1, self.channels[-1], outputs),
             "bias": (outputs,),
         }
-        return _random_bytes(tree, key)
+        return _initialize(tree, key)
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ class FaceLandmarks68(nn.Module):
     channels: tuple[int, ...] = (32, 64, 128, 256)
 
     def init_params(self, *, key: Array) -> dict:
-        """Random bytes in the tree of the weights."""
+        """A random network."""
         tree, before = {}, 3
         for i, width in enumerate(self.channels):
             first = (
@@ -117,7 +117,7 @@ class FaceLandmarks68(nn.Module):
             tree[f"block_{i}"] = {"conv_0": first, **rest}
             before = width
         tree["dense"] = {"weight": (before, 136), "bias": (136,)}
-        return _random_bytes(tree, key)
+        return _initialize(tree, key)
 
     @nn.compact
     def __call__(self, crops: Array) -> Array:
@@ -132,40 +132,20 @@ def _separable(inputs: int, outputs: int) -> dict:
     }
 
 
-def _random_bytes(tree: dict, key: Array) -> dict:
-    shapes, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(key, len(shapes))
-    return jax.tree.unflatten(
-        treedef,
-        [
-            {
-                "bytes": jax.random.bits(k, shape, jnp.uint8),
-                "range": jnp.array([0.1 / 255, -0.05], jnp.float32),
-            }
-            for k, shape in zip(keys, shapes, strict=True)
-        ],
-    )
-
-
-def _unpack(params: Params) -> dict:
-    """Stored bytes to weights: byte * scale + offset."""
-    return jax.tree.map(
-        lambda p: p["bytes"].astype(jnp.float32) * p["range"][0] + p["range"][1],
-        params,
-        is_leaf=lambda x: "bytes" in x,
-    )
+def _initialize(tree: dict, key: Array) -> dict:
+    normal = partial(jax.tree.map, lambda shape: Normal(shape, 0.05))
+    return initialize(normal(tree, is_leaf=lambda x: isinstance(x, tuple)), key=key)
 
 
 def detect(params: Params, images: Array) -> tuple[Array, Array]:
     """Boxes and scores; see `TinyFaceDetector`."""
-    p = _unpack(params)
     x = (images * 127.5 + 127.5 - jnp.array(_DETECTOR_MEAN)) / 255
-    x = nn.leaky_relu(_conv(x, p["conv_0"], 1, "VALID"), 0.1)
-    for i in range(1, len(p) - 1):
+    x = nn.leaky_relu(_conv(x, params["conv_0"], 1, "VALID"), 0.1)
+    for i in range(1, len(params) - 1):
         x = nn.max_pool(x, (2, 2), (2, 2), "SAME")
-        x = nn.leaky_relu(_separable_conv(x, p[f"conv_{i}"], 1), 0.1)
+        x = nn.leaky_relu(_separable_conv(x, params[f"conv_{i}"], 1), 0.1)
     x = nn.max_pool(x, (2, 2), (1, 1), "SAME")
-    x = _conv(x, p["head"], 1, "VALID")
+    x = _conv(x, params["head"], 1, "VALID")
     batch, cells = x.shape[:2]
     x = x.reshape(batch, cells, cells, len(_ANCHORS), 5)
     position = jnp.stack(jnp.meshgrid(jnp.arange(cells), jnp.arange(cells)), -1)
@@ -178,12 +158,11 @@ def detect(params: Params, images: Array) -> tuple[Array, Array]:
 
 def landmarks(params: Params, crops: Array) -> Array:
     """Points in crops; see `FaceLandmarks68`."""
-    p = _unpack(params)
     x = (crops * 127.5 + 127.5 - jnp.array(_LANDMARK_MEAN)) / 255
-    for i in range(len(p) - 1):
-        x = _dense_block(x, p[f"block_{i}"], i == 0)
+    for i in range(len(params) - 1):
+        x = _dense_block(x, params[f"block_{i}"], i == 0)
     x = jnp.mean(x, (1, 2))
-    points = x @ p["dense"]["weight"] + p["dense"]["bias"]
+    points = x @ params["dense"]["weight"] + params["dense"]["bias"]
     return points.reshape(-1, 68, 2)
 
 

@@ -44,6 +44,10 @@ KINDS = {
     "backbone_w_plus_encoder": "jaxstyle.encoders:BackboneWPlusEncoder",
     "latent_discriminator": "jaxstyle.encoders:LatentDiscriminator",
     "lpips": "jaxstyle.features.lpips:LPIPS",
+    "vgg": "jaxstyle.features.vgg:VGG",
+    "arcface": "jaxstyle.features.identity:ArcFace",
+    "face_descriptor": "jaxstyle.features.identity:FaceDescriptor",
+    "resnet": "jaxstyle.features.resnet:ResNet",
     "tiny_face_detector": "jaxstyle.landmarks:TinyFaceDetector",
     "face_landmarks_68": "jaxstyle.landmarks:FaceLandmarks68",
 }
@@ -325,12 +329,25 @@ def load(
         params = {name: p for name, p in params.items() if name in networks}
     params = _pick_style(params, config, style, str(path))
 
-    def floats(x):
-        return jnp.asarray(x, jnp.float32 if x.dtype.kind in "fV" else x.dtype)
-
-    params = jax.tree.map(floats, params)
+    params = jax.tree.map(_values, params, is_leaf=_is_packed)
     check_params(networks, params, str(path))
     return Networks(networks, str(name_or_path)), params
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, Mapping) and leaf.keys() == {"bytes", "range"}
+
+
+def _values(leaf: Any) -> jax.Array:
+    """A stored array, floats as float32.
+
+    Networks of face-api.js ship as its bytes: byte * scale + offset, the two numbers
+    of `range`.
+    """
+    if _is_packed(leaf):
+        scale, offset = np.asarray(leaf["range"], np.float64)
+        return jnp.asarray(leaf["bytes"] * scale + offset, jnp.float32)
+    return jnp.asarray(leaf, jnp.float32 if leaf.dtype.kind in "fV" else leaf.dtype)
 
 
 def _pick_style(params: Any, config: dict, style: str | int | None, where: str) -> Any:

@@ -67,7 +67,7 @@ Shared = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
 # A run may be continued with other values of these.
 FREE = frozenset(
     "out steps log_every sample_every save_every keep tensorboard require distributed "
-    "mesh_style mesh_data mesh_fsdp mesh_space debug_nans debug_profile".split()
+    "mesh_style mesh_data mesh_fsdp mesh_space debug_nans debug_profile reading".split()
 )
 
 

@@ -35,6 +35,7 @@ from train.optim import path_name
 from train.state import TrainState
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]
+Validate = Callable[[TrainState, Any], dict[str, float]]
 
 
 def fit(
@@ -50,6 +51,7 @@ def fit(
     sample: Callable[[TrainState, Any], Array] | None = None,
     identity: Mapping[str, str] | None = None,
     rules: Sequence[tuple[str, P]] = sharding.RULES,
+    validate: tuple[int, Validate] | None = None,
 ) -> TrainState:
     """Train, from the last checkpoint of the run folder if there is one.
 
@@ -63,7 +65,7 @@ def fit(
         pure function (state, frozen, batch) -> (state, metrics); `state.key` is its
         own key, `state.step` the number of finished iterations.
       batches: iterator over dicts of this process's rows [local_batch, ...] with
-        `get_state` and `set_state`; None gives the steps an empty dict.
+        `get_state`, `set_state` and `close`; None gives the steps an empty dict.
       networks: modules by name, those of `state.params`, for `config.json`.
       mesh: of the run; see train.sharding.
       metadata: kept in `config.json`; "scheme" names the scheme.
@@ -73,6 +75,9 @@ def fit(
       identity: digests of what the run was given (a reference picture, weights). A
         folder with others is refused.
       rules: layouts by path; they must cover everything.
+      validate: (every, function): a function (state, frozen) -> {name: float} with
+        `val_loss` among the names. The state with the lowest is kept in OUT/best, a
+        folder that loads like the run; every 0 validates at the end alone.
 
     Returns:
       The last state, on the mesh.
@@ -112,6 +117,7 @@ def fit(
         jax.set_mesh(mesh),
         contextlib.closing(checkpoints),
         contextlib.closing(log),
+        contextlib.closing(batches) if batches else contextlib.nullcontext(),
         _signals() as caught,
     ):
         if resumed is not None:
@@ -149,6 +155,14 @@ def fit(
             if logs or saves or stop:
                 latest |= _checked(*pending, checkpoints, folder)
                 pending = None
+            if validate and (last or (validate[0] and done % validate[0] == 0)):
+                # Virtual devices of a CPU can lock up in two programs at a time.
+                values = validate[1](jax.block_until_ready(state), frozen)
+                if values["val_loss"] < latest.get("best_val_loss", math.inf):
+                    values |= {"best_val_loss": values["val_loss"], "best_step": done}
+                    _keep_best(folder, done, state, values, networks, metadata)
+                latest |= values
+                log.say(f"step {done}: validation loss {values['val_loss']:.4f}")
             if logs:
                 log.metrics(done, latest)
             if saves or stop:
@@ -210,6 +224,18 @@ def _compile(steps, state, frozen, batch, log):
     release_memory()
     log.say(f"compiled in {time.perf_counter() - start:.1f} s")
     return compiled
+
+
+def _keep_best(folder, step, state, values, networks, metadata):
+    """Replace OUT/best, without optimisers, by this state."""
+    best = folder / "best"
+    if jax.process_index() == 0:
+        best.mkdir(parents=True, exist_ok=True)
+        write_json(best / "config.json", weights.config_dict(networks, metadata))
+    with contextlib.closing(Checkpoints(best / "checkpoints", 1)) as checkpoints:
+        data = {"position": None, "metrics": values}
+        checkpoints.save(step, state.replace(opt_state={}, extra={}), data)
+        checkpoints.wait()
 
 
 def _finite(state: TrainState) -> Array:

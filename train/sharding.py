@@ -31,6 +31,7 @@ BATCH = ("data", "fsdp")
 # paths are those of TrainState (`params/generator/synthesis/conv_4/weight`,
 # `opt_state/generator/0/mu/…`) and of the frozen networks (`frozen/discriminator/…`).
 RULES: tuple[tuple[str, P], ...] = (
+    (r"^opt_state/.*/count(/|$)", P()),
     (r"(affine|dense\w*|hidden)/weight$", P(None, "fsdp")),
     (
         r"(\w*conv\w*|up_\d+|rgb_\d+|from_rgb|skip|lateral_\d+)/weight$|/conv\d?$",

@@ -92,8 +92,7 @@ class Options:
     """Highest-resolution blocks of the discriminator that do not train."""
     freeze_g: bool = False
     """Train the discriminator alone."""
-    tfds_folder: str = ""
-    """Where TFDS keeps its data sets; empty: its usual place."""
+    reading: data.Reading = data.ReadOptions()
 
 
 class Inputs(NamedTuple):
@@ -393,13 +392,15 @@ def train(options: Options, mesh: Any) -> TrainState:
     networks, params = make_networks(options)
     generator, discriminator = networks["generator"], networks["discriminator"]
     optimizers = make_optimizers(options, discriminator)
-    source = data.open_source(options.data, generator.size, options.tfds_folder or None)
+    reading = options.reading
+    source = data.open_source(options.data, generator.size, reading.tfds_folder)
     batches = data.batches(
         source,
         options.run.batch,
         mesh,
         seed=options.run.seed,
-        mirror=options.mirror,
+        transform=data.mirrored if options.mirror else data.plain,
+        reading=reading,
     )
     identity = {"data": data.fingerprint(source)}
     if options.weights:

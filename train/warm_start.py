@@ -237,7 +237,7 @@ def autoencode(options: Options, mesh, source) -> TrainState:
         make_state(options, generator, tx),
         {"lpips": lpips["lpips"], "shown": shown},
         [(1, autoencoder_step(generator, tx, options))],
-        data.batches(source, run.batch, mesh, seed=run.seed, mirror=True),
+        data.batches(source, run.batch, mesh, seed=run.seed, transform=data.mirrored),
         networks={"generator": generator},
         mesh=mesh,
         metadata={"scheme": "warm_start"},

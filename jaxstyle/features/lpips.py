@@ -9,33 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxstyle.errors import UserError
-from jaxstyle.init import Full, Normal, initialize, module_params
+from jaxstyle.features.vgg import TRUNKS, trunk, trunk_shapes
+from jaxstyle.init import Full, initialize, module_params
 
 # Mean and deviation of ImageNet's colours for pictures in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
-# One entry a convolution: (kernel, channels, pool before it, tapped after it).
-_ALEX = (
-    (11, 64, False, True),
-    (5, 192, True, True),
-    (3, 384, True, True),
-    (3, 256, False, True),
-    (3, 256, False, True),
-)
-_VGG = tuple(
-    (3, channels, stage > 0 and i == 0, i == count - 1)
-    for stage, (channels, count) in enumerate(
-        [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)]
-    )
-    for i in range(count)
-)
-TRUNKS = {"alex": _ALEX, "vgg": _VGG}
+# The trunk of each net, and the activations it compares.
+TAPS = {
+    "alex": ("alex", ("relu1_1", "relu2_1", "relu3_1", "relu3_2", "relu3_3")),
+    "vgg": ("vgg16", ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")),
+}
 SMALLEST = 32
 Params = Mapping[str, Any]
 
@@ -60,18 +49,11 @@ class LPIPS(nn.Module):
         Names: `conv_0` .. in order, with `weight` [k, k, in, out] and `bias` [out],
         and `head_0` .. `head_4` [channels].
         """
-        shapes, width_in, heads = {}, 3, 0
-        for i, (k, width, _, tapped) in enumerate(_trunk(self.net)):
-            shapes[f"conv_{i}"] = {
-                "weight": Normal(
-                    (k, k, width_in, width), (2 / (k * k * width_in)) ** 0.5
-                ),
-                "bias": Full((width,)),
-            }
-            if tapped:
-                shapes[f"head_{heads}"] = Full((width,), 1 / width)
-                heads += 1
-            width_in = width
+        net, taps = _taps(self.net)
+        shapes = trunk_shapes(net)
+        widths = {layer.name: layer.channels for layer in TRUNKS[net]}
+        for i, tap in enumerate(taps):
+            shapes[f"head_{i}"] = Full((widths[tap],), 1 / widths[tap])
         return initialize(shapes, key=key)
 
     def setup(self):
@@ -114,24 +96,15 @@ def features(
     Raises:
       UserError: an unknown net, or pictures that are too small or not RGB.
     """
-    trunk = _trunk(net)
+    trunk_name, taps = _taps(net)
     if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < SMALLEST:
         raise UserError(
             f"images have shape {list(images.shape[1:])} each; LPIPS takes [height, "
             f"width, 3] with sides of at least {SMALLEST}: enlarge them first"
         )
     x = (images.astype(jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
-    x, out = x.astype(dtype), []
-    for i, (kernel, _, pool, tapped) in enumerate(trunk):
-        layer = params[f"conv_{i}"]
-        weight, bias = layer["weight"].astype(dtype), layer["bias"].astype(dtype)
-        if pool:
-            window = 3 if net == "alex" else 2
-            x = nn.max_pool(x, (window, window), strides=(2, 2))
-        x = jax.nn.relu(_convolve(x, weight, 4 if kernel == 11 else 1) + bias)
-        if tapped:
-            out.append(_normalise(x.astype(jnp.float32)))
-    return tuple(out)
+    out = trunk(params, x, trunk_name, dtype)
+    return tuple(_normalise(out[tap].astype(jnp.float32)) for tap in taps)
 
 
 def feature_distance(params: Params, a: Sequence[Array], b: Sequence[Array]) -> Array:
@@ -143,10 +116,10 @@ def feature_distance(params: Params, a: Sequence[Array], b: Sequence[Array]) -> 
     return total
 
 
-def _trunk(net):
-    if net not in TRUNKS:
-        raise UserError(f"net: {net!r}; LPIPS has the nets {', '.join(TRUNKS)}")
-    return TRUNKS[net]
+def _taps(net):
+    if net not in TAPS:
+        raise UserError(f"net: {net!r}; LPIPS has the nets {', '.join(TAPS)}")
+    return TAPS[net]
 
 
 def _normalise(x):
@@ -156,11 +129,3 @@ def _normalise(x):
     empty = squares == 0
     length = jnp.where(empty, 0.0, jnp.sqrt(jnp.where(empty, 1.0, squares)))
     return x / (length + 1e-10)
-
-
-def _convolve(x, weight, stride):
-    # All convolutions keep the size ("same") but AlexNet's first, 11x11 by steps of 4.
-    pad = (2, 2) if stride == 4 else (weight.shape[0] // 2,) * 2
-    return lax.conv_general_dilated(
-        x, weight, (stride,) * 2, (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )

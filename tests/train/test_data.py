@@ -7,7 +7,7 @@ from PIL import Image
 
 from jaxstyle.errors import UserError
 from tests.train.test_loop import mesh_of
-from train import data
+from train import data, prepare
 
 # Pictures that say which they are: constant, the sign of the left half tells a flip.
 MARKED = (
@@ -45,17 +45,19 @@ def test_each_epoch_shows_every_picture_once_in_a_new_order():
 
 
 def test_position_is_kept():
-    stream = data.batches(MARKED, 5, mesh_of(1), seed=0, mirror=True)
+    stream = data.batches(MARKED, 5, mesh_of(1), seed=0, transform=data.mirrored)
     take(stream, 3)
     position = stream.get_state()
     expected = take(stream, 4)
-    other = data.batches(MARKED, 5, mesh_of(1), seed=0, mirror=True)
+    other = data.batches(MARKED, 5, mesh_of(1), seed=0, transform=data.mirrored)
     other.set_state(position)
     np.testing.assert_array_equal(take(other, 4), expected)
 
 
 def test_mirror_flips_about_half():
-    images = take(data.batches(MARKED, 12, mesh_of(1), seed=0, mirror=True), 20)
+    images = take(
+        data.batches(MARKED, 12, mesh_of(1), seed=0, transform=data.mirrored), 20
+    )
     share = (images[:, 0, 0, 0] < 0).mean()
     assert 0.35 < share < 0.65
     plain = take(data.batches(MARKED, 12, mesh_of(1), seed=0), 20)
@@ -63,11 +65,13 @@ def test_mirror_flips_about_half():
 
 
 def test_processes_share_a_global_batch(monkeypatch):
-    whole = take(data.batches(MARKED, 6, mesh_of(1), seed=1, mirror=True), 4)
+    whole = take(
+        data.batches(MARKED, 6, mesh_of(1), seed=1, transform=data.mirrored), 4
+    )
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         monkeypatch.setattr(data, "process_rows", lambda *_, r=rows: r)
-        stream = data.batches(MARKED, 6, mesh_of(1), seed=1, mirror=True)
+        stream = data.batches(MARKED, 6, mesh_of(1), seed=1, transform=data.mirrored)
         parts.append([next(stream)["image"] for _ in range(4)])
     together = np.concatenate([np.concatenate(p) for p in zip(*parts, strict=True)])
     np.testing.assert_array_equal(whole, together)
@@ -104,12 +108,72 @@ def test_too_few_pictures():
         data.batches(MARKED, 16, mesh_of(8), seed=0)
 
 
-def test_damaged_picture_is_named(folder):
+def test_damaged_picture_is_named_and_left_out(folder, capsys):
     (folder / "2.png").write_bytes(b"\x89PNG nothing")
-    stream = data.batches(data.open_source(str(folder), 4), 5, mesh_of(1), seed=0)
-    with pytest.raises(UserError, match="2.png"):
+    source = data.open_source(str(folder), 4)
+    stream = data.batches(source, 5, mesh_of(1), seed=0)
+    images = take(stream, 4)
+    assert len(images) == 20 and np.isfinite(images).all()
+    # Once, although it came up four times; 3.png took its place.
+    printed = capsys.readouterr().out
+    assert printed.count("2.png cannot be read (1 of at most 10)") == 1
+    shades = np.rint((images[:, 0, 0, 0] + 1) * 127.5).astype(int)
+    assert (shades == 150).sum() == 8 and (shades == 100).sum() == 0
+    strict = data.ReadOptions(max_broken=0)
+    stream = data.batches(source, 5, mesh_of(1), seed=0, reading=strict)
+    with pytest.raises(UserError, match="2.png.*--max-broken is 0"):
+        next(stream)
+    for i in range(5):
+        (folder / f"{i}.png").write_bytes(b"")
+    stream = data.batches(source, 5, mesh_of(1), seed=0)
+    with pytest.raises(UserError, match="5 pictures in a row"):
         next(stream)
     assert threading.active_count() < 50
+
+
+def test_workers_read_the_same(folder):
+    source = data.open_source(str(folder), 4)
+    here = data.batches(source, 2, mesh_of(1), seed=0, transform=data.mirrored)
+    there = data.batches(
+        source,
+        2,
+        mesh_of(1),
+        seed=0,
+        transform=data.mirrored,
+        reading=data.ReadOptions(workers=2),
+    )
+    np.testing.assert_array_equal(take(there, 4), take(here, 4))
+    assert there.get_state() == here.get_state() == {"batches": 4}
+    # The position does not depend on who reads.
+    there.close()
+    here.set_state(there.get_state())
+    expected = take(here, 3)
+    here.set_state({"batches": 4})
+    np.testing.assert_array_equal(take(here, 3), expected)
+
+
+def test_pairs_belong_together_by_name(folder, tmp_path):
+    inputs = tmp_path / "labels"
+    inputs.mkdir()
+    for i in range(5):
+        classes = Image.new("P", (6, 9), i)
+        classes.putpalette([10 * i, 0, 0] * 256)
+        classes.save(inputs / f"{i}.png")
+    pairs = data.open_pairs(str(folder), str(inputs), labels=True)
+    for label, picture in pairs:
+        assert label.mode == "L" and picture.mode == "RGB"
+        assert np.asarray(label).max() * 50 == np.asarray(picture).max()
+    changed = data.fingerprint(pairs)
+    (inputs / "3.png").unlink()
+    with pytest.raises(UserError, match="no picture for 1 of the 5.*3.png"):
+        data.open_pairs(str(folder), str(inputs), labels=True)
+    (folder / "3.png").unlink()
+    assert data.fingerprint(data.open_pairs(str(folder), str(inputs))) != changed
+    same = data.open_pairs(str(folder))
+    assert same[0][0] == same[0][1]
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(inputs / "0.png")
+    with pytest.raises(UserError, match="0.png is a colour picture"):
+        data.Folder(str(inputs / "0.png"), labels=True)[0]
 
 
 @pytest.fixture
@@ -166,3 +230,44 @@ def test_tfds_in_another_form_names_the_command(prepared, tmp_path):
         UserError, match="tfds build nothing --file_format=array_record"
     ):
         data.open_source("tfds:nothing:train", 4, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prepared_folder_is_data(folder, tmp_path, capsys):
+    (folder / "1.png").write_bytes(b"\x89PNG nothing")
+    out = tmp_path / "set"
+    prepare.main([str(folder), str(out), "--size", "4"])
+    printed = capsys.readouterr()
+    assert "1.png is damaged" in printed.out and "4 examples" in printed.out
+    source = data.open_source(str(out), 4)
+    means = sorted(float(source[i].mean() + 1) * 127.5 for i in range(len(source)))
+    np.testing.assert_allclose(means, [0, 100, 150, 200], atol=1e-3)
+    assert data.open_pairs(str(out))[0][0].size == (4, 4)
+    there = data.batches(
+        source, 2, mesh_of(1), seed=0, reading=data.ReadOptions(workers=1)
+    )
+    here = data.batches(source, 2, mesh_of(1), seed=0)
+    np.testing.assert_array_equal(take(there, 3), take(here, 3))
+    there.close()
+    with pytest.raises(SystemExit):
+        prepare.main([str(folder), str(out)])
+    assert "exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main([str(folder), str(tmp_path / "no"), "--max-broken", "0"])
+    assert "--max-broken is 0" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prepared_pairs(folder, tmp_path):
+    inputs = tmp_path / "labels"
+    inputs.mkdir()
+    for i in range(5):
+        Image.new("L", (7, 7), i).save(inputs / f"{i}.png")
+    out = tmp_path / "set"
+    arguments = ["--source", str(inputs), "--labels", "--size", "4"]
+    prepare.main([str(folder), str(out), *arguments])
+    pairs = data.open_pairs(str(out))
+    for label, picture in pairs:
+        assert label.mode == "L" and label.size == (7, 7)
+        assert int(np.asarray(label).max()) * 50 == np.asarray(picture).max()
+    assert len(pairs) == 5 and len(data.fingerprint(pairs)) == 16

@@ -97,7 +97,7 @@ def run(options, mesh, **arguments):
         state,
         {"teacher": {"weight": jnp.eye(3, 4)}},
         schedule(options, tx),
-        data.batches(PICTURES, batch, mesh, seed=seed, mirror=True),
+        data.batches(PICTURES, batch, mesh, seed=seed, transform=data.mirrored),
         networks={"generator": NETWORK},
         mesh=mesh,
         sample=lambda state, frozen: jnp.zeros((4, 8, 8, 3)),
