@@ -35,6 +35,8 @@ from pallas_ops import (
     downsample_conv2d,
     fused_leaky_relu,
     modulated_conv2d,
+    output_packing,
+    unpack,
     upsample2d,
 )
 
@@ -131,22 +133,53 @@ def equalized_gain(weight: Array) -> float:
 
 
 def styled_conv(
-    params: Params, x: Array, style: Array, noise: Array | None, *, up: bool = False
+    params: Params,
+    x: Array,
+    style: Array,
+    noise: Array | None,
+    *,
+    up: bool = False,
+    packing: tuple[int, int] = (1, 1),
+    implementation: str | None = None,
 ) -> Array:
-    """Modulated 3×3 convolution, noise, bias, activation: [batch, h, w, out]."""
+    """Modulated 3×3 convolution, noise, bias, activation: [batch, h, w, out].
+
+    `packing` and `implementation` are those of `modulated_conv2d`.
+    """
     weight = params["weight"]
-    y = modulated_conv2d(x, weight, style * equalized_gain(weight), up=up)
     if noise is not None:
-        y = y + (params["noise_strength"] * noise[..., None]).astype(y.dtype)
-    return fused_leaky_relu(y, params["bias"])
+        noise = params["noise_strength"] * noise
+    return modulated_conv2d(
+        x,
+        weight,
+        style * equalized_gain(weight),
+        up=up,
+        noise=noise,
+        bias=params["bias"],
+        packing=packing,
+        implementation=implementation,
+    )
 
 
-def to_rgb(params: Params, x: Array, style: Array) -> Array:
-    """Modulated 1×1 convolution to three channels, no demodulation: [b, h, w, 3]."""
+def to_rgb(params: Params, x: Array, style: Array, packing: int = 1) -> Array:
+    """Modulated 1×1 convolution to three channels, no demodulation: [b, h, w, 3].
+
+    Args:
+      params: of the layer.
+      x: [batch, height, width / packing, packing * in_channels].
+      style: [batch, in_channels].
+      packing: columns of a cell of `x`.
+    """
     weight = params["weight"]
     style = style * equalized_gain(weight)
-    y = modulated_conv2d(x, weight, style, demodulate=False).astype(jnp.float32)
-    return y + params["bias"]
+    if packing > 1:
+        # Each column of a cell has its own block of the weight.
+        columns = jnp.eye(packing, dtype=weight.dtype)
+        weight = jnp.einsum("pq,xyio->xypiqo", columns, weight)
+        weight = weight.reshape(1, 1, x.shape[3], -1)
+        style = jnp.tile(style, (1, packing))
+    y = modulated_conv2d(x, weight, style, demodulate=False, implementation="xla")
+    return unpack(y, packing).astype(jnp.float32) + params["bias"]
 
 
 # Generator
@@ -244,6 +277,7 @@ def synthesis(
     blend: Params | None = None,
     blend_styles: Sequence[Array] | None = None,
     blend_weights: Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Style vectors to a picture.
 
@@ -259,6 +293,7 @@ def synthesis(
       blend: `synthesis` parameters of the same architecture (B).
       blend_styles: B's style vectors.
       blend_weights: [num_layers], a_i from 0 (A) to 1 (B).
+      implementation: of the 3×3 convolutions; see `modulated_conv2d`.
 
     Returns:
       The picture [batch, size, size, 3], nominally in [-1, 1], and every layer's
@@ -280,17 +315,30 @@ def synthesis(
         value = p["const"].astype(dtype)
         return jnp.broadcast_to(value, (batch, *value.shape))
 
-    x = mixed(0, const)
+    x, packing = mixed(0, const), 1
     image = None
     for i, name in enumerate(names):
         if name.startswith("rgb"):
-            rgb = mixed(i, lambda p, s, i=i, n=name, x=x: to_rgb(p[n], x, s[i]))
+            rgb = mixed(
+                i, lambda p, s, i=i, n=name, x=x, c=packing: to_rgb(p[n], x, s[i], c)
+            )
             image = rgb if image is None else upsample2d(image) + rgb
             features[name] = image
         else:
-            layer = partial(styled_conv, noise=noise[name], up=name.startswith("up"))
+            up, weight = name.startswith("up"), params[name]["weight"].shape
+            after = output_packing(
+                x.shape, weight, up=up, packing=packing, implementation=implementation
+            )
+            layer = partial(
+                styled_conv,
+                noise=noise[name],
+                up=up,
+                packing=(packing, after),
+                implementation=implementation,
+            )
             x = mixed(i, lambda p, s, i=i, n=name, x=x, f=layer: f(p[n], x, s[i]))
-            features[name] = x
+            packing = after
+            features[name] = unpack(x, packing)
     return image, features
 
 
