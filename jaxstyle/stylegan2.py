@@ -36,8 +36,10 @@ from pallas_ops import (
     fused_leaky_relu,
     modulated_conv2d,
     output_packing,
+    pick_implementation,
     unpack,
     upsample2d,
+    upsample_planes,
 )
 
 SPACES = ("z", "w", "w_plus", "w_layers", "styles")
@@ -161,25 +163,46 @@ def styled_conv(
     )
 
 
-def to_rgb(params: Params, x: Array, style: Array, packing: int = 1) -> Array:
-    """Modulated 1×1 convolution to three channels, no demodulation: [b, h, w, 3].
+def to_rgb(params: Params, x: Array, style: Array) -> Array:
+    """Modulated 1×1 convolution to three channels, no demodulation: [b, h, w, 3]."""
+    weight = params["weight"]
+    style = style * equalized_gain(weight)
+    y = modulated_conv2d(
+        x, weight, style, demodulate=False, implementation="xla"
+    ).astype(jnp.float32)
+    return y + params["bias"]
+
+
+def to_rgb_planes(params: Params, x: Array, style: Array, packing: int) -> Array:
+    """`to_rgb` of packed cells, to planes: no copy, no lane without a pixel.
 
     Args:
       params: of the layer.
-      x: [batch, height, width / packing, packing * in_channels].
+      x: [batch, height, cells, packing * in_channels].
       style: [batch, in_channels].
       packing: columns of a cell of `x`.
+
+    Returns:
+      [batch, 3, height, packing, cells], float32.
     """
-    weight = params["weight"]
-    style = style * equalized_gain(weight)
-    if packing > 1:
-        # Each column of a cell has its own block of the weight.
-        columns = jnp.eye(packing, dtype=weight.dtype)
-        weight = jnp.einsum("pq,xyio->xypiqo", columns, weight)
-        weight = weight.reshape(1, 1, x.shape[3], -1)
-        style = jnp.tile(style, (1, packing))
-    y = modulated_conv2d(x, weight, style, demodulate=False, implementation="xla")
-    return unpack(y, packing).astype(jnp.float32) + params["bias"]
+    weight = params["weight"][0, 0] * equalized_gain(params["weight"])
+    weight = weight * style.astype(jnp.float32)[..., None]
+    # Each column of a cell has its own block of the weight.
+    weight = jnp.einsum("bio,pq->bpioq", weight, jnp.eye(packing))
+    weight = weight.reshape(weight.shape[0], x.shape[3], -1, packing)
+    y = jnp.einsum(
+        "bhwk,bkoq->bohqw",
+        x,
+        weight.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y + params["bias"][:, None, None, None]
+
+
+def picture_of_planes(planes: Array) -> Array:
+    """[batch, channels, height, packing, cells] to [batch, height, width, channels]."""
+    batch, channels, height = planes.shape[:3]
+    return planes.transpose(0, 2, 4, 3, 1).reshape(batch, height, -1, channels)
 
 
 # Generator
@@ -315,15 +338,12 @@ def synthesis(
         value = p["const"].astype(dtype)
         return jnp.broadcast_to(value, (batch, *value.shape))
 
-    x, packing = mixed(0, const), 1
-    image = None
+    # With the kernels the picture grows as planes, in the columns of the cells.
+    planes = pick_implementation(implementation) == "pallas"
+    x, packing, image = mixed(0, const), 1, None
     for i, name in enumerate(names):
         if name.startswith("rgb"):
-            rgb = mixed(
-                i, lambda p, s, i=i, n=name, x=x, c=packing: to_rgb(p[n], x, s[i], c)
-            )
-            image = rgb if image is None else upsample2d(image) + rgb
-            features[name] = image
+            layer = partial(to_rgb_planes, packing=packing) if planes else to_rgb
         else:
             up, weight = name.startswith("up"), params[name]["weight"].shape
             after = output_packing(
@@ -336,9 +356,16 @@ def synthesis(
                 packing=(packing, after),
                 implementation=implementation,
             )
-            x = mixed(i, lambda p, s, i=i, n=name, x=x, f=layer: f(p[n], x, s[i]))
-            packing = after
+        y = mixed(i, lambda p, s, i=i, n=name, x=x, f=layer: f(p[n], x, s[i]))
+        if not name.startswith("rgb"):
+            x, packing = y, after
             features[name] = unpack(x, packing)
+            continue
+        if image is not None:
+            y = y + (upsample_planes(image, packing) if planes else upsample2d(image))
+        image = y
+        features[name] = picture_of_planes(image) if planes else image
+    image = features[names[-1]]
     return image, features
 
 

@@ -8,7 +8,7 @@ from pallas_ops.modulated_conv import (
     output_packing,
     pick_implementation,
 )
-from pallas_ops.upfirdn import downsample2d, upfirdn2d, upsample2d
+from pallas_ops.upfirdn import downsample2d, upfirdn2d, upsample2d, upsample_planes
 
 __all__ = [
     "conv2d",
@@ -23,4 +23,5 @@ __all__ = [
     "up_conv2d",
     "upfirdn2d",
     "upsample2d",
+    "upsample_planes",
 ]

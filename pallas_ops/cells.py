@@ -136,12 +136,17 @@ def cell_weight(weight: Array, geometry: Geometry, split: int = 1) -> Array:
     """
     if geometry.adjoint:
         weight = weight.swapaxes(3, 4)
-    cells = jnp.einsum(
-        "tjmnx,yrsu,wuxio->wsmrytjino",
-        *_tensors(geometry, split),
-        weight,
-        precision="highest",
-    )
+    columns, rows = _tensors(geometry, split)
+    if columns.shape[3] == 1:
+        # Whole taps: sums of a few arrays, where an einsum would be a slow convolution.
+        by_row = _combined(rows, jnp.moveaxis(weight, 1, 0))  # [y, r, s, w, x, i, o]
+        cells = _combined(columns[:, :, :, 0], jnp.moveaxis(by_row, 4, 0))
+        # From [t, j, m, y, r, s, w, i, o].
+        cells = cells.transpose(6, 5, 2, 4, 3, 0, 1, 7, 8)[..., None, :]
+    else:
+        cells = jnp.einsum(
+            "tjmnx,yrsu,wuxio->wsmrytjino", columns, rows, weight, precision="highest"
+        )
     shape = cells.shape
     return cells.reshape(*shape[:6], shape[6] * shape[7], shape[8] * shape[9])
 
@@ -157,22 +162,43 @@ def pixel_weight(cells: Array, geometry: Geometry) -> Array:
       [w, 3, 3, in, out].
     """
     *lead, depth, width = cells.shape
-    split = lead[2]
-    packing_in, packing_out = geometry.packing_in, geometry.packing_out // split
-    cells = cells.reshape(
-        *lead, packing_in, depth // packing_in, packing_out, width // packing_out
-    )
-    weight = jnp.einsum(
-        "tjmnx,yrsu,wsmrytjino->wuxio",
-        *_tensors(geometry, split),
-        cells,
-        precision="highest",
-    )
+    columns, rows = _tensors(geometry, lead[2])
+    if columns.shape[1] == columns.shape[3] == 1:
+        taps = cells.transpose(5, 2, 4, 3, 1, 0, 6, 7)  # [t, m, y, r, s, w, i, o]
+        taps = taps.reshape(-1, *taps.shape[2:])
+        by_column = _combined(columns.reshape(-1, 3).T, taps)
+        taps = jnp.moveaxis(by_column, 0, 4)  # [y, r, s, w, x, i, o]
+        taps = taps.reshape(-1, *taps.shape[3:])
+        weight = jnp.moveaxis(_combined(rows.reshape(-1, 3).T, taps), 0, 1)
+    else:
+        packing_in, packing_out = columns.shape[1], columns.shape[3]
+        cells = cells.reshape(
+            *lead, packing_in, depth // packing_in, packing_out, width // packing_out
+        )
+        weight = jnp.einsum(
+            "tjmnx,yrsu,wsmrytjino->wuxio", columns, rows, cells, precision="highest"
+        )
     return weight.swapaxes(3, 4) if geometry.adjoint else weight
 
 
-def _tensors(geometry: Geometry, split: int) -> tuple[Array, Array]:
-    columns, rows = geometry.columns, geometry.rows
+def _combined(coefficients: np.ndarray, arrays: Array) -> Array:
+    """Linear combinations along the leading axis, written out term by term.
+
+    Args:
+      coefficients: [.., terms].
+      arrays: [terms, ..].
+    """
+    lead = coefficients.shape[:-1]
+    sums = [
+        sum(float(c) * arrays[i] for i, c in enumerate(row) if c)
+        for row in coefficients.reshape(-1, coefficients.shape[-1])
+    ]
+    return jnp.stack(sums).reshape(*lead, *arrays.shape[1:])
+
+
+def _tensors(geometry: Geometry, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """`columns` as [operand, in, split, out / split, 3], and `rows`."""
+    columns = geometry.columns
     operands, inside, outside, taps = columns.shape
-    columns = columns.reshape(operands, inside, split, outside // split, taps)
-    return jnp.asarray(columns), jnp.asarray(rows)
+    shape = operands, inside, split, outside // split, taps
+    return columns.reshape(shape), geometry.rows
