@@ -131,11 +131,17 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
     entry = program[program.index("\nENTRY") :]
     xla, kernels = 0, {}
     shapes = dict(re.findall(r"%([\w.-]+) = ([^=]*?) [\w-]+\(", entry))
+    # Several names of one array: a block and its neighbours read it three times.
+    same = dict(re.findall(r"%([\w.-]+) = [^=]*? bitcast\(%([\w.-]+)\)", entry))
+
+    def array(name: str) -> str:
+        return array(same[name]) if name in same else name
+
     for line in entry.splitlines():
         if KERNEL in line:
             name = re.search(r"%([\w.-]+) =", line)[1]
             operands = re.search(r"custom-call\((.*?)\)", line)[1]
-            read = sorted(set(re.findall(r"%([\w.-]+)", operands)))
+            read = {array(n) for n in re.findall(r"%([\w.-]+)", operands)}
             moved = _bytes(shapes[name]) + sum(_bytes(shapes[n]) for n in read)
             found = read_kernel(folder, name)
             compute = found.turns * max(found.bundles, found.matmul_rows)
