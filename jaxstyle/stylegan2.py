@@ -18,7 +18,7 @@ A w+ row drives a convolution, or a to-RGB and the up-convolution after it: 18 r
 but 26 modulated layers at 1024.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,12 @@ from jax import Array, lax
 from jaxstyle.errors import UserError
 from jaxstyle.init import Full, Normal, initialize, module_params
 from pallas_ops import (
+    activated_conv2d,
     conv2d,
-    downsample_conv2d,
     fused_leaky_relu,
     modulated_conv2d,
     output_packing,
+    pack,
     pick_implementation,
     unpack,
     upsample2d,
@@ -678,11 +679,56 @@ def minibatch_stddev(x: Array, group: int = STDDEV_GROUP) -> Array:
     return jnp.concatenate([x, jnp.broadcast_to(column, (batch, height, width, 1))], -1)
 
 
-def conv_layer(conv: Callable[[Array, Array], Array], params: Params, x: Array):
-    """Equalised convolution; bias and activation where the layer has a bias."""
+def conv_layer(
+    params: Params,
+    x: Array,
+    *,
+    down: bool = False,
+    packing: int = 1,
+    implementation: str | None = None,
+) -> tuple[Array, int]:
+    """Equalised convolution; bias and activation where the layer has a bias.
+
+    Returns:
+      The output, and the columns of a cell that it comes packed in.
+    """
     weight = params["weight"]
-    y = conv(x, weight) * jnp.asarray(equalized_gain(weight), x.dtype)
-    return fused_leaky_relu(y, params["bias"]) if "bias" in params else y
+    after = output_packing(
+        x.shape, weight.shape, down=down, packing=packing, implementation=implementation
+    )
+    y = activated_conv2d(
+        x,
+        weight,
+        params.get("bias"),
+        gain=equalized_gain(weight),
+        down=down,
+        packing=(packing, after),
+        implementation=implementation,
+    )
+    return y, after
+
+
+def from_rgb(params: Params, images: Array) -> tuple[Array, int]:
+    """Pictures [batch, size, size, 3] to channels, packed as the first block wants.
+
+    Returns:
+      [batch, size, size / packing, packing * channels], and the packing.
+    """
+    p = params["from_rgb"]
+    weight, bias = p["weight"], p["bias"]
+    gain = jnp.asarray(equalized_gain(weight), images.dtype)
+    channels, size = weight.shape[3], images.shape[1]
+    packing = output_packing(
+        (*images.shape[:3], channels), params[f"block_{size}"]["conv1"]["weight"].shape
+    )
+    if packing > 1:
+        # Each column of a cell has its own block of the weight.
+        columns = jnp.eye(packing, dtype=weight.dtype)
+        weight = jnp.einsum("pq,xyio->xypiqo", columns, weight)
+        weight = weight.reshape(1, 1, 3 * packing, -1)
+        bias = jnp.tile(bias, packing)
+    y = conv2d(pack(images, packing), weight) * gain
+    return fused_leaky_relu(y, bias), packing
 
 
 def discriminate(
@@ -705,20 +751,20 @@ def discriminate(
         key=layer_resolution,
         reverse=True,
     )
-    x = images.astype(dtype)
-    x = conv_layer(conv2d, params["from_rgb"], x)
-    features = {"from_rgb": x}
+    x, packing = from_rgb(params, images.astype(dtype))
+    features = {"from_rgb": unpack(x, packing)}
     for name in blocks[:taps]:
         p = params[name]
-        y = conv_layer(conv2d, p["conv1"], x)
-        y = conv_layer(downsample_conv2d, p["conv2"], y)
-        skip = conv_layer(downsample_conv2d, p["skip"], x)
+        y, after = conv_layer(p["conv1"], x, packing=packing)
+        y, after = conv_layer(p["conv2"], y, down=True, packing=after)
+        skip, packing = conv_layer(p["skip"], x, down=True, packing=packing)
         x = (y + skip) * jnp.asarray(0.5**0.5, dtype)
-        features[name] = x
+        features[name] = unpack(x, packing)
     if taps is not None:
         return None, features
     x = minibatch_stddev(x)
-    x = conv_layer(conv2d, params["final_conv"], x).astype(jnp.float32)
+    x, _ = conv_layer(params["final_conv"], x)
+    x = x.astype(jnp.float32)
     x = dense(params["dense_0"], x.reshape(x.shape[0], -1))
     x = fused_leaky_relu(x, jnp.zeros(()))
     return dense(params["dense_1"], x), features

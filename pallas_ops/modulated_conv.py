@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_ops import modulated_conv_tpu as tpu
 from pallas_ops.cells import pack, unpack
-from pallas_ops.convolution import conv2d, up_conv2d
+from pallas_ops.convolution import conv2d, downsample_conv2d, up_conv2d
 
 # Smallest output a kernel is the default for: below, XLA's convolutions are as fast.
 KERNEL_FROM = 32
@@ -103,16 +103,18 @@ def _demodulation(weight: Array, style: Array) -> Array:
     return lax.rsqrt(jnp.square(style) @ energy + 1e-8)
 
 
-def _pick(shape, weight, up, packing, implementation):
+def _pick(shape, weight, up, down, packing, implementation):
     """The implementation for an input of this shape, and its output's packing."""
+    if implementation != "xla" and down and weight[0] == 1:
+        weight = 3, 3, *weight[2:]
     picked = pick_implementation(
         implementation,
-        unsupported=tpu.unsupported(shape, weight, up=up, packing=packing),
-        preferred=shape[1] * (1 + up) >= KERNEL_FROM,
+        unsupported=tpu.unsupported(shape, weight, up=up, down=down, packing=packing),
+        preferred=shape[1] * (1 + up) >= KERNEL_FROM * (1 + down),
     )
     if picked == "xla":
         return picked, 1
-    return picked, tpu.output_packing(*weight[2:], up=up)
+    return picked, tpu.plan_for(*weight[2:], up=up, down=down).packing[1]
 
 
 def output_packing(
@@ -120,10 +122,11 @@ def output_packing(
     weight: tuple[int, ...],
     *,
     up: bool = False,
+    down: bool = False,
     packing: int = 1,
     implementation: str | None = None,
 ) -> int:
-    """Columns of a cell in which `modulated_conv2d` computes a layer's output.
+    """Columns of a cell in which a layer's output is computed.
 
     A caller that keeps to it from layer to layer spares the copies between layouts.
 
@@ -131,8 +134,9 @@ def output_packing(
       shape: of the input, [batch, height, width / packing, packing * channels].
       weight: shape [k, k, in_channels, out_channels].
       up, packing, implementation: as in `modulated_conv2d`.
+      down: as in `activated_conv2d`.
     """
-    return _pick(shape, weight, up, packing, implementation)[1]
+    return _pick(shape, weight, up, down, packing, implementation)[1]
 
 
 def modulated_conv2d(
@@ -174,7 +178,9 @@ def modulated_conv2d(
     if noise is not None and bias is None:
         raise ValueError("noise is given without a bias; pass zeros")
     style = style.astype(jnp.float32)
-    picked, computed = _pick(x.shape, weight.shape, up, packing[0], implementation)
+    picked, computed = _pick(
+        x.shape, weight.shape, up, False, packing[0], implementation
+    )
     if picked == "pallas":
         scale = jnp.ones((x.shape[0], weight.shape[3]))
         if demodulate:
@@ -218,6 +224,54 @@ def _over_mesh(run, x, weight, style, scale, noise, bias):
     noise_split = split if noise is not None and noise.shape[0] > 1 else P()
     specs = split, P(), split, split, noise_split, P()
     return jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)(*args)
+
+
+def activated_conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    *,
+    gain: float = 1.0,
+    down: bool = False,
+    packing: tuple[int, int] = (1, 1),
+    implementation: str | None = None,
+) -> Array:
+    """`gain * conv(x, weight)`; with `bias`, bias and leaky ReLU behind it.
+
+    Args:
+      x: [batch, height, width, in_channels], packed as in `modulated_conv2d`.
+      weight: [k, k, in_channels, out_channels], k 1 or 3.
+      bias: [out_channels], or None.
+      gain: a factor of the convolution.
+      down: blur and halve the size, as in `downsample_conv2d`.
+      packing: columns of a cell of the input and of the output.
+      implementation: `xla`, `pallas`, or None for the best there is.
+
+    Returns:
+      [batch, height, width, out_channels], half the size with `down`, packed as asked;
+      dtype of `x`.
+
+    Raises:
+      NotImplementedError: a named implementation that cannot run here.
+    """
+    picked, computed = _pick(
+        x.shape, weight.shape, False, down, packing[0], implementation
+    )
+    if picked == "pallas":
+        if weight.shape[0] == 1:
+            # The blur of a 1×1 lies where that of a 3×3 meets its middle tap.
+            weight = jnp.pad(weight, ((1, 1), (1, 1), (0, 0), (0, 0)))
+        style = jnp.ones((x.shape[0], weight.shape[2]))
+        scale = jnp.full((x.shape[0], weight.shape[3]), gain)
+        run = partial(tpu.modulated_conv, down=down, packing=packing[0])
+        y = _over_mesh(run, x, weight, style, scale, None, bias)
+    else:
+        x = unpack(x, packing[0])
+        y = (downsample_conv2d if down else conv2d)(x, weight)
+        y = y * jnp.asarray(gain, x.dtype)
+        if bias is not None:
+            y = fused_leaky_relu(y, bias)
+    return y if packing[1] == computed else pack(unpack(y, computed), packing[1])
 
 
 def _slopes(sign: Array, x: Array) -> Array:

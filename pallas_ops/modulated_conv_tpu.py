@@ -43,6 +43,24 @@ class Plan(NamedTuple):
     interpret: bool
 
     @property
+    def split_in(self) -> int:
+        """Columns of an input's cell held one after the other."""
+        return self.split if self.geometry.adjoint else 1
+
+    @property
+    def split_out(self) -> int:
+        """Columns of an output's cell held one after the other."""
+        return 1 if self.geometry.adjoint else self.split
+
+    @property
+    def packing(self) -> tuple[int, int]:
+        """Columns side by side in the channels of the input and of the output."""
+        return (
+            self.geometry.packing_in // self.split_in,
+            self.geometry.packing_out // self.split_out,
+        )
+
+    @property
     def transposed(self) -> "Plan":
         return self._replace(geometry=self.geometry.transposed)
 
@@ -50,16 +68,15 @@ class Plan(NamedTuple):
 def _call(plan: Plan, x: Array, weight: Array, scale_in: Array, scale_out: Array, **of):
     """The kernel; weights and scales of pixels, `x` and the result of cells."""
     geometry = plan.geometry
-    fine_in, fine_out = (plan.split, 1) if geometry.adjoint else (1, plan.split)
     weight = weight.astype(jnp.float32)
     weight = weight[None] if weight.ndim == 4 else weight
     return kernels.convolve(
         x,
-        cell_weight(weight, geometry, fine_out).astype(x.dtype),
+        cell_weight(weight, geometry, plan.split_out).astype(x.dtype),
         geometry,
         scale_in=jnp.tile(scale_in, (1, geometry.packing_in)),
-        scale_out=jnp.tile(scale_out, (1, geometry.packing_out // fine_out)),
-        split_in=fine_in,
+        scale_out=jnp.tile(scale_out, (1, plan.packing[1])),
+        split_in=plan.split_in,
         interpret=plan.interpret,
         **of,
     )
@@ -150,7 +167,6 @@ def _styled(
       noise: planes [1 or batch, height, rows, columns] float32.
       bias: [out] float32.
     """
-    repeat = plan.geometry.packing_out // plan.split
     return _call(
         plan,
         x,
@@ -158,7 +174,7 @@ def _styled(
         scale_in,
         scale_out,
         noise=_noise_lanes(noise, plan.geometry.packing_out),
-        bias=jnp.tile(bias, repeat)[None],
+        bias=jnp.tile(bias, plan.packing[1])[None],
         act=True,
     )
 
@@ -180,40 +196,59 @@ def _styled_backward(plan, saved, g):
     *args, noise, y = saved
     # The output has the sign of what went into the activation.
     g = g * jnp.where(y >= 0, 1, 0.2).astype(g.dtype)
-    pixels = g.astype(jnp.float32).reshape(*g.shape[:3], noise.shape[3], -1)
-    dnoise = jnp.sum(pixels, -1)
+    # Sums over channels as a product: taking cells apart would copy the activation.
+    packing = plan.packing[1]
+    ones = jnp.ones((g.shape[4] // packing, 1), g.dtype)
+    columns = jnp.kron(jnp.eye(packing, dtype=g.dtype), ones)
+    dnoise = jnp.einsum(
+        "bhrwk,kq->bhrqw",
+        g,
+        columns,
+        preferred_element_type=jnp.float32,
+        precision="highest" if g.dtype == jnp.float32 else None,
+    )
+    dnoise = dnoise.swapaxes(3, 4).reshape(*g.shape[:3], -1)
     if noise.shape[0] == 1:
         dnoise = jnp.sum(dnoise, 0, keepdims=True)
-    dbias = jnp.sum(pixels, (0, 1, 2, 3))
+    dbias = jnp.sum(g.astype(jnp.float32), (0, 1, 2, 3))
+    dbias = jnp.sum(dbias.reshape(packing, -1), 0)
     return *_conv_backward(plan, args, g), dnoise, dbias
 
 
 _styled.defvjp(_styled_forward, _styled_backward)
 
 
-def plan_for(channels: int, outputs: int, *, up: bool, interpret: bool = False) -> Plan:
-    """The layout in which a layer runs."""
+def plan_for(
+    channels: int,
+    outputs: int,
+    *,
+    up: bool = False,
+    down: bool = False,
+    interpret: bool = False,
+) -> Plan:
+    """The layout in which a layer runs: as many columns to a cell as lanes hold."""
+    if down:
+        return plan_for(outputs, channels, up=True, interpret=interpret).transposed
     packing = packing_of(channels)
     packing_out = 2 * packing if up else packing
     split = 2 if up and outputs >= LANES else 1
     return Plan(Geometry(packing, packing_out, up), split, interpret)
 
 
-def output_packing(channels: int, outputs: int, *, up: bool) -> int:
-    """Columns of a cell of a layer's output."""
-    plan = plan_for(channels, outputs, up=up)
-    return plan.geometry.packing_out // plan.split
-
-
 def unsupported(
-    shape: tuple[int, ...], weight: tuple[int, ...], *, up: bool, packing: int = 1
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    *,
+    up: bool = False,
+    down: bool = False,
+    packing: int = 1,
 ) -> str | None:
     """Why the kernel cannot run a layer, or None.
 
     Args:
       shape: of the input, [batch, height, width / packing, packing * channels].
       weight: shape [k, k, in, out].
-      up: whether it doubles the size.
+      up, down: whether it doubles or halves the size.
       packing: columns of a cell of the input.
     """
     if weight[0] != 3:
@@ -221,13 +256,13 @@ def unsupported(
     for channels in weight[2:]:
         if channels % LANES and LANES % channels:
             return f"{channels} channels neither divide nor are a multiple of {LANES}"
-    need, width = packing_of(weight[2]), shape[2] * packing
-    if not up and need != packing_of(weight[3]):
-        return f"{weight[2]} and {weight[3]} channels are packed differently"
-    if up and need > 1 and weight[3] >= LANES:
-        return f"{weight[2]} channels up to {weight[3]} would have to be unpacked"
-    if width % (16 * need):
-        return f"{width} columns are not a multiple of {16 * need}"
+    plan = plan_for(*weight[2:], up=up, down=down)
+    for channels, packed in zip(weight[2:], plan.packing, strict=True):
+        if packed != packing_of(channels):
+            return f"{weight[2]} and {weight[3]} channels do not follow one packing"
+    width, cells = shape[2] * packing, plan.geometry.packing_in
+    if width % (16 * cells) or shape[1] % (1 + down):
+        return f"{shape[1]} × {width} pixels are not whole rows of {16 * cells} columns"
     return None
 
 
@@ -239,7 +274,8 @@ def modulated_conv(
     noise: Array | None = None,
     bias: Array | None = None,
     *,
-    up: bool,
+    up: bool = False,
+    down: bool = False,
     packing: int = 1,
     interpret: bool = False,
 ) -> Array:
@@ -252,29 +288,30 @@ def modulated_conv(
       scale: [batch, out] float32, the demodulation.
       noise: [1 or batch, out_height, out_width], or None.
       bias: [out], or None for the convolution alone.
-      up: double the size.
+      up: double the size (transposed convolution, then blur).
+      down: halve it (blur, then strided convolution).
       packing: columns of a cell of `x`.
       interpret: run without a TPU.
 
     Returns:
-      [batch, out_height, out_width / p, p * out], dtype of `x`, where p is
-      `output_packing`.
+      [batch, out_height, out_width / p, p * out], dtype of `x`, where p is the plan's
+      `packing[1]`.
     """
-    channels, outputs = weight.shape[2:]
-    plan = plan_for(channels, outputs, up=up, interpret=interpret)
-    cells = pack(unpack(x, packing), plan.geometry.packing_in)[:, :, None]
+    plan = plan_for(*weight.shape[2:], up=up, down=down, interpret=interpret)
+    if down:
+        # The adjoint of the up-convolution, whose blur has four times the gain.
+        weight = weight.swapaxes(2, 3) * 0.25
+    x = pack(unpack(x, packing), plan.packing[0])
+    x = x.reshape(x.shape[0], -1, plan.geometry.rows_in, *x.shape[2:])
     if bias is None:
-        y = _conv(plan, cells, weight, style, scale)
+        y = _conv(plan, x, weight, style, scale)
     else:
-        gain = 2**0.5
-        batch, height, _, width, _ = cells.shape
-        rows = plan.geometry.rows_out
+        height, rows = x.shape[1], plan.geometry.rows_out
+        width = x.shape[3] // plan.split_in * plan.geometry.packing_out
         if noise is None:
-            noise = jnp.zeros((1, height * rows, width * plan.geometry.packing_out))
-        planes = noise.astype(jnp.float32)
-        planes = planes.reshape(planes.shape[0], height, rows, planes.shape[2])
-        bias = bias.astype(jnp.float32)
-        y = _styled(
-            plan, cells, weight, style, scale * gain, planes * gain, bias * gain
-        )
+            noise = jnp.zeros((1, height * rows, width))
+        gain = 2**0.5
+        planes = noise.astype(jnp.float32).reshape(-1, height, rows, width) * gain
+        bias = bias.astype(jnp.float32) * gain
+        y = _styled(plan, x, weight, style, scale * gain, planes, bias)
     return y.reshape(y.shape[0], -1, *y.shape[3:])
