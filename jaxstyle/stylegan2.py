@@ -18,7 +18,7 @@ A w+ row drives a convolution, or a to-RGB and the up-convolution after it: 18 r
 but 26 modulated layers at 1024.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,16 @@ from jax import Array, lax
 from jaxstyle.errors import UserError
 from jaxstyle.init import Full, Normal, initialize, module_params
 from pallas_ops import (
+    activated_conv2d,
     conv2d,
-    downsample_conv2d,
     fused_leaky_relu,
     modulated_conv2d,
+    output_packing,
+    pack,
+    pick_implementation,
+    unpack,
     upsample2d,
+    upsample_planes,
 )
 
 SPACES = ("z", "w", "w_plus", "w_layers", "styles")
@@ -131,22 +136,74 @@ def equalized_gain(weight: Array) -> float:
 
 
 def styled_conv(
-    params: Params, x: Array, style: Array, noise: Array | None, *, up: bool = False
+    params: Params,
+    x: Array,
+    style: Array,
+    noise: Array | None,
+    *,
+    up: bool = False,
+    packing: tuple[int, int] = (1, 1),
+    implementation: str | None = None,
 ) -> Array:
-    """Modulated 3×3 convolution, noise, bias, activation: [batch, h, w, out]."""
+    """Modulated 3×3 convolution, noise, bias, activation: [batch, h, w, out].
+
+    `packing` and `implementation` are those of `modulated_conv2d`.
+    """
     weight = params["weight"]
-    y = modulated_conv2d(x, weight, style * equalized_gain(weight), up=up)
     if noise is not None:
-        y = y + (params["noise_strength"] * noise[..., None]).astype(y.dtype)
-    return fused_leaky_relu(y, params["bias"])
+        noise = params["noise_strength"] * noise
+    return modulated_conv2d(
+        x,
+        weight,
+        style * equalized_gain(weight),
+        up=up,
+        noise=noise,
+        bias=params["bias"],
+        packing=packing,
+        implementation=implementation,
+    )
 
 
 def to_rgb(params: Params, x: Array, style: Array) -> Array:
     """Modulated 1×1 convolution to three channels, no demodulation: [b, h, w, 3]."""
     weight = params["weight"]
     style = style * equalized_gain(weight)
-    y = modulated_conv2d(x, weight, style, demodulate=False).astype(jnp.float32)
+    y = modulated_conv2d(
+        x, weight, style, demodulate=False, implementation="xla"
+    ).astype(jnp.float32)
     return y + params["bias"]
+
+
+def to_rgb_planes(params: Params, x: Array, style: Array, packing: int) -> Array:
+    """`to_rgb` of packed cells, to planes: no copy, no lane without a pixel.
+
+    Args:
+      params: of the layer.
+      x: [batch, height, cells, packing * in_channels].
+      style: [batch, in_channels].
+      packing: columns of a cell of `x`.
+
+    Returns:
+      [batch, 3, height, packing, cells], float32.
+    """
+    weight = params["weight"][0, 0] * equalized_gain(params["weight"])
+    weight = weight * style.astype(jnp.float32)[..., None]
+    # Each column of a cell has its own block of the weight.
+    weight = jnp.einsum("bio,pq->bpioq", weight, jnp.eye(packing))
+    weight = weight.reshape(weight.shape[0], x.shape[3], -1, packing)
+    y = jnp.einsum(
+        "bhwk,bkoq->bohqw",
+        x,
+        weight.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y + params["bias"][:, None, None, None]
+
+
+def picture_of_planes(planes: Array) -> Array:
+    """[batch, channels, height, packing, cells] to [batch, height, width, channels]."""
+    batch, channels, height = planes.shape[:3]
+    return planes.transpose(0, 2, 4, 3, 1).reshape(batch, height, -1, channels)
 
 
 # Generator
@@ -244,6 +301,7 @@ def synthesis(
     blend: Params | None = None,
     blend_styles: Sequence[Array] | None = None,
     blend_weights: Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Style vectors to a picture.
 
@@ -259,6 +317,7 @@ def synthesis(
       blend: `synthesis` parameters of the same architecture (B).
       blend_styles: B's style vectors.
       blend_weights: [num_layers], a_i from 0 (A) to 1 (B).
+      implementation: of the 3×3 convolutions; see `modulated_conv2d`.
 
     Returns:
       The picture [batch, size, size, 3], nominally in [-1, 1], and every layer's
@@ -280,17 +339,34 @@ def synthesis(
         value = p["const"].astype(dtype)
         return jnp.broadcast_to(value, (batch, *value.shape))
 
-    x = mixed(0, const)
-    image = None
+    # With the kernels the picture grows as planes, in the columns of the cells.
+    planes = pick_implementation(implementation) == "pallas"
+    x, packing, image = mixed(0, const), 1, None
     for i, name in enumerate(names):
         if name.startswith("rgb"):
-            rgb = mixed(i, lambda p, s, i=i, n=name, x=x: to_rgb(p[n], x, s[i]))
-            image = rgb if image is None else upsample2d(image) + rgb
-            features[name] = image
+            layer = partial(to_rgb_planes, packing=packing) if planes else to_rgb
         else:
-            layer = partial(styled_conv, noise=noise[name], up=name.startswith("up"))
-            x = mixed(i, lambda p, s, i=i, n=name, x=x, f=layer: f(p[n], x, s[i]))
-            features[name] = x
+            up, weight = name.startswith("up"), params[name]["weight"].shape
+            after = output_packing(
+                x.shape, weight, up=up, packing=packing, implementation=implementation
+            )
+            layer = partial(
+                styled_conv,
+                noise=noise[name],
+                up=up,
+                packing=(packing, after),
+                implementation=implementation,
+            )
+        y = mixed(i, lambda p, s, i=i, n=name, x=x, f=layer: f(p[n], x, s[i]))
+        if not name.startswith("rgb"):
+            x, packing = y, after
+            features[name] = unpack(x, packing)
+            continue
+        if image is not None:
+            y = y + (upsample_planes(image, packing) if planes else upsample2d(image))
+        image = y
+        features[name] = picture_of_planes(image) if planes else image
+    image = features[names[-1]]
     return image, features
 
 
@@ -603,11 +679,56 @@ def minibatch_stddev(x: Array, group: int = STDDEV_GROUP) -> Array:
     return jnp.concatenate([x, jnp.broadcast_to(column, (batch, height, width, 1))], -1)
 
 
-def conv_layer(conv: Callable[[Array, Array], Array], params: Params, x: Array):
-    """Equalised convolution; bias and activation where the layer has a bias."""
+def conv_layer(
+    params: Params,
+    x: Array,
+    *,
+    down: bool = False,
+    packing: int = 1,
+    implementation: str | None = None,
+) -> tuple[Array, int]:
+    """Equalised convolution; bias and activation where the layer has a bias.
+
+    Returns:
+      The output, and the columns of a cell that it comes packed in.
+    """
     weight = params["weight"]
-    y = conv(x, weight) * jnp.asarray(equalized_gain(weight), x.dtype)
-    return fused_leaky_relu(y, params["bias"]) if "bias" in params else y
+    after = output_packing(
+        x.shape, weight.shape, down=down, packing=packing, implementation=implementation
+    )
+    y = activated_conv2d(
+        x,
+        weight,
+        params.get("bias"),
+        gain=equalized_gain(weight),
+        down=down,
+        packing=(packing, after),
+        implementation=implementation,
+    )
+    return y, after
+
+
+def from_rgb(params: Params, images: Array) -> tuple[Array, int]:
+    """Pictures [batch, size, size, 3] to channels, packed as the first block wants.
+
+    Returns:
+      [batch, size, size / packing, packing * channels], and the packing.
+    """
+    p = params["from_rgb"]
+    weight, bias = p["weight"], p["bias"]
+    gain = jnp.asarray(equalized_gain(weight), images.dtype)
+    channels, size = weight.shape[3], images.shape[1]
+    packing = output_packing(
+        (*images.shape[:3], channels), params[f"block_{size}"]["conv1"]["weight"].shape
+    )
+    if packing > 1:
+        # Each column of a cell has its own block of the weight.
+        columns = jnp.eye(packing, dtype=weight.dtype)
+        weight = jnp.einsum("pq,xyio->xypiqo", columns, weight)
+        weight = weight.reshape(1, 1, 3 * packing, -1)
+        bias = jnp.tile(bias, packing)
+    y = conv2d(pack(images, packing), weight) * gain
+    return fused_leaky_relu(y, bias), packing
 
 
 def discriminate(
@@ -630,20 +751,20 @@ def discriminate(
         key=layer_resolution,
         reverse=True,
     )
-    x = images.astype(dtype)
-    x = conv_layer(conv2d, params["from_rgb"], x)
-    features = {"from_rgb": x}
+    x, packing = from_rgb(params, images.astype(dtype))
+    features = {"from_rgb": unpack(x, packing)}
     for name in blocks[:taps]:
         p = params[name]
-        y = conv_layer(conv2d, p["conv1"], x)
-        y = conv_layer(downsample_conv2d, p["conv2"], y)
-        skip = conv_layer(downsample_conv2d, p["skip"], x)
+        y, after = conv_layer(p["conv1"], x, packing=packing)
+        y, after = conv_layer(p["conv2"], y, down=True, packing=after)
+        skip, packing = conv_layer(p["skip"], x, down=True, packing=packing)
         x = (y + skip) * jnp.asarray(0.5**0.5, dtype)
-        features[name] = x
+        features[name] = unpack(x, packing)
     if taps is not None:
         return None, features
     x = minibatch_stddev(x)
-    x = conv_layer(conv2d, params["final_conv"], x).astype(jnp.float32)
+    x, _ = conv_layer(params["final_conv"], x)
+    x = x.astype(jnp.float32)
     x = dense(params["dense_0"], x.reshape(x.shape[0], -1))
     x = fused_leaky_relu(x, jnp.zeros(()))
     return dense(params["dense_1"], x), features

@@ -5,30 +5,63 @@ demodulation scales the output's. That equals one weight a sample and needs half
 the memory traffic.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from pallas_ops.convolution import conv2d, up_conv2d
+from pallas_ops import modulated_conv_tpu as tpu
+from pallas_ops.cells import pack, unpack
+from pallas_ops.convolution import conv2d, downsample_conv2d, up_conv2d
+
+# Smallest output a kernel is the default for: below, XLA's convolutions are as fast.
+KERNEL_FROM = 32
+# Axes of a mesh that a batch is split over.
+BATCH = ("data", "fsdp")
 
 
-def pick_implementation(implementation: str | None = None) -> str:
+def _platform() -> str:
+    """The platform a traced program is for: that of the mesh in use, if any."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def pick_implementation(
+    implementation: str | None = None,
+    *,
+    unsupported: str | None = None,
+    preferred: bool = True,
+) -> str:
     """The implementation that runs: the named one, or the best there is for `None`.
 
+    Args:
+      implementation: `xla`, `pallas` or None.
+      unsupported: why the kernel cannot take the arguments, if it cannot.
+      preferred: whether the kernel is the faster one where both run.
+
     Raises:
-      NotImplementedError: `pallas`, which has no kernel here.
+      NotImplementedError: `pallas` where it cannot run, with the reason.
       ValueError: another name.
     """
-    if implementation == "pallas":
-        raise NotImplementedError(
-            "implementation 'pallas': there is no Pallas kernel for the "
-            f"{jax.default_backend()} backend; use None or 'xla'"
-        )
-    if implementation not in (None, "xla"):
+    if implementation not in (None, "xla", "pallas"):
         raise ValueError(
             f"implementation is {implementation!r}; it must be None, 'xla' or 'pallas'"
         )
-    return "xla"
+    if _platform() != "tpu":
+        unsupported = (
+            f"there is no Pallas kernel for the {_platform()} backend; "
+            "use None or 'xla'"
+        )
+    elif jax.sharding.get_abstract_mesh().shape.get("space", 1) > 1:
+        unsupported = "rows are split over the mesh's `space` axis; use None or 'xla'"
+    if implementation == "pallas" and unsupported:
+        raise NotImplementedError(f"implementation 'pallas': {unsupported}")
+    if implementation is None and not (unsupported or not preferred):
+        return "pallas"
+    return implementation or "xla"
 
 
 def _input_scaled(convolve):
@@ -62,6 +95,50 @@ _scaled_conv = _input_scaled(conv2d)
 _scaled_up_conv = _input_scaled(up_conv2d)
 
 
+def _demodulation(weight: Array, style: Array) -> Array:
+    """One over the norm of each sample's output channels: [batch, out] float32."""
+    # Nine terms by hand: a reduction over leading axes is slow on a CPU.
+    taps = weight.astype(jnp.float32).reshape(-1, *weight.shape[2:])
+    energy = sum(jnp.square(tap) for tap in taps)
+    return lax.rsqrt(jnp.square(style) @ energy + 1e-8)
+
+
+def _pick(shape, weight, up, down, packing, implementation):
+    """The implementation for an input of this shape, and its output's packing."""
+    if implementation != "xla" and down and weight[0] == 1:
+        weight = 3, 3, *weight[2:]
+    picked = pick_implementation(
+        implementation,
+        unsupported=tpu.unsupported(shape, weight, up=up, down=down, packing=packing),
+        preferred=shape[1] * (1 + up) >= KERNEL_FROM * (1 + down),
+    )
+    if picked == "xla":
+        return picked, 1
+    return picked, tpu.plan_for(*weight[2:], up=up, down=down).packing[1]
+
+
+def output_packing(
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    *,
+    up: bool = False,
+    down: bool = False,
+    packing: int = 1,
+    implementation: str | None = None,
+) -> int:
+    """Columns of a cell in which a layer's output is computed.
+
+    A caller that keeps to it from layer to layer spares the copies between layouts.
+
+    Args:
+      shape: of the input, [batch, height, width / packing, packing * channels].
+      weight: shape [k, k, in_channels, out_channels].
+      up, packing, implementation: as in `modulated_conv2d`.
+      down: as in `activated_conv2d`.
+    """
+    return _pick(shape, weight, up, down, packing, implementation)[1]
+
+
 def modulated_conv2d(
     x: Array,
     weight: Array,
@@ -69,34 +146,132 @@ def modulated_conv2d(
     *,
     up: bool = False,
     demodulate: bool = True,
+    noise: Array | None = None,
+    bias: Array | None = None,
+    packing: tuple[int, int] = (1, 1),
     implementation: str | None = None,
 ) -> Array:
     """Convolve with a weight scaled by the style, output channels normalised.
 
+    With `bias`, noise, bias and leaky ReLU follow, as in `fused_leaky_relu`.
+
     Args:
-      x: [batch, height, width, in_channels].
+      x: [batch, height, width, in_channels], or packed: `packing[0]` neighbouring
+        columns side by side in the channels, see `pallas_ops.cells`.
       weight: [k, k, in_channels, out_channels], k 1 or 3, equalised already.
       style: [batch, in_channels].
       up: double the size (transposed convolution and FIR blur); k is 3.
       demodulate: divide each output channel by its weight's norm (equation 3).
+      noise: [1 or batch, out_height, out_width], added before the bias.
+      bias: [out_channels]; None for the convolution alone.
+      packing: columns of a cell of the input and of the output.
       implementation: `xla`, `pallas`, or None for the best there is.
 
     Returns:
-      [batch, height, width, out_channels], twice the size with `up`; dtype of `x`.
+      [batch, height, width, out_channels], twice the size with `up`, packed as asked;
+      dtype of `x`.
+
+    Raises:
+      NotImplementedError: a named implementation that cannot run here.
+      ValueError: noise without a bias.
+    """
+    if noise is not None and bias is None:
+        raise ValueError("noise is given without a bias; pass zeros")
+    style = style.astype(jnp.float32)
+    picked, computed = _pick(
+        x.shape, weight.shape, up, False, packing[0], implementation
+    )
+    if picked == "pallas":
+        scale = jnp.ones((x.shape[0], weight.shape[3]))
+        if demodulate:
+            scale = _demodulation(weight, style)
+        run = partial(tpu.modulated_conv, up=up, packing=packing[0])
+        y = _over_mesh(run, x, weight, style, scale, noise, bias)
+    else:
+        y = (_scaled_up_conv if up else _scaled_conv)(
+            unpack(x, packing[0]), style, weight
+        )
+        if demodulate:
+            scale = _demodulation(weight, style)
+            y = y * scale[:, None, None, :].astype(y.dtype)
+        if noise is not None:
+            y = y + noise[..., None].astype(y.dtype)
+        if bias is not None:
+            y = fused_leaky_relu(y, bias)
+    return y if packing[1] == computed else pack(unpack(y, computed), packing[1])
+
+
+def _over_mesh(run, x, weight, style, scale, noise, bias):
+    """A kernel call on every device's part of the batch.
+
+    The compiler cannot split a kernel by itself: without this every device would
+    gather the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    axes = tuple(n for n in BATCH if n in free and mesh.shape[n] > 1)
+    parts = 1
+    for name in axes:
+        parts *= mesh.shape[name]
+    args = x, weight, style, scale, noise, bias
+    if not free or max(mesh.shape[n] for n in free) == 1:
+        return run(*args)
+    split = P(axes) if axes and x.shape[0] % parts == 0 else P()
+    noise_split = split if noise is not None and noise.shape[0] > 1 else P()
+    specs = split, P(), split, split, noise_split, P()
+    return jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)(*args)
+
+
+def activated_conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    *,
+    gain: float = 1.0,
+    down: bool = False,
+    packing: tuple[int, int] = (1, 1),
+    implementation: str | None = None,
+) -> Array:
+    """`gain * conv(x, weight)`; with `bias`, bias and leaky ReLU behind it.
+
+    Args:
+      x: [batch, height, width, in_channels], packed as in `modulated_conv2d`.
+      weight: [k, k, in_channels, out_channels], k 1 or 3.
+      bias: [out_channels], or None.
+      gain: a factor of the convolution.
+      down: blur and halve the size, as in `downsample_conv2d`.
+      packing: columns of a cell of the input and of the output.
+      implementation: `xla`, `pallas`, or None for the best there is.
+
+    Returns:
+      [batch, height, width, out_channels], half the size with `down`, packed as asked;
+      dtype of `x`.
 
     Raises:
       NotImplementedError: a named implementation that cannot run here.
     """
-    pick_implementation(implementation)
-    style = style.astype(jnp.float32)
-    y = (_scaled_up_conv if up else _scaled_conv)(x, style, weight)
-    if demodulate:
-        # Nine terms by hand: a reduction over leading axes is slow on a CPU.
-        taps = weight.astype(jnp.float32).reshape(-1, *weight.shape[2:])
-        energy = sum(jnp.square(tap) for tap in taps)
-        scale = lax.rsqrt(jnp.square(style) @ energy + 1e-8)
-        y = y * scale[:, None, None, :].astype(y.dtype)
-    return y
+    picked, computed = _pick(
+        x.shape, weight.shape, False, down, packing[0], implementation
+    )
+    if picked == "pallas":
+        if weight.shape[0] == 1:
+            # The blur of a 1×1 lies where that of a 3×3 meets its middle tap.
+            weight = jnp.pad(weight, ((1, 1), (1, 1), (0, 0), (0, 0)))
+        style = jnp.ones((x.shape[0], weight.shape[2]))
+        scale = jnp.full((x.shape[0], weight.shape[3]), gain)
+        run = partial(tpu.modulated_conv, down=down, packing=packing[0])
+        y = _over_mesh(run, x, weight, style, scale, None, bias)
+    else:
+        x = unpack(x, packing[0])
+        y = (downsample_conv2d if down else conv2d)(x, weight)
+        y = y * jnp.asarray(gain, x.dtype)
+        if bias is not None:
+            y = fused_leaky_relu(y, bias)
+    return y if packing[1] == computed else pack(unpack(y, computed), packing[1])
 
 
 def _slopes(sign: Array, x: Array) -> Array:

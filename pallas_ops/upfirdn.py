@@ -119,3 +119,38 @@ def upsample2d(x: Array) -> Array:
 def downsample2d(x: Array) -> Array:
     """Filter with [1, 3, 3, 1] and keep every second sample: [b, h / 2, w / 2, c]."""
     return _down(x)
+
+
+def upsample_planes(x: Array, packing: int) -> Array:
+    """`upsample2d` of planes whose columns are those of cells, for a TPU.
+
+    Two products with banded matrices: shifted sums and interleaving would copy between
+    layouts. The taps are exact in bfloat16, so three passes give float32.
+
+    Args:
+      x: [batch, channels, height, columns of a cell, cells], float32.
+      packing: columns of a cell of the result.
+
+    Returns:
+      [batch, channels, 2 * height, packing, cells].
+    """
+    batch, channels, height, columns, cells = x.shape
+    rows = _upsampling_matrix(height)
+    # From columns of the picture to (column of a cell, cell), on either side.
+    across = _upsampling_matrix(columns * cells)
+    across = across.reshape(-1, packing, cells, columns)
+    across = across.transpose(1, 0, 3, 2).reshape(2 * columns * cells, -1)
+    x = x.reshape(batch, channels, height, columns * cells)
+    x = jnp.einsum("bchw,vw->bchv", x, across, precision="high")
+    x = jnp.einsum("bchv,gh->bcgv", x, rows, precision="high")
+    return x.reshape(batch, channels, 2 * height, packing, -1)
+
+
+def _upsampling_matrix(size: int) -> np.ndarray:
+    """[2 size, size]: each output is 3/4 of the nearest input and 1/4 of the next."""
+    matrix = np.zeros((2 * size, size), np.float32)
+    for i in range(size):
+        matrix[2 * i : 2 * i + 2, i] = 0.75
+        matrix[max(2 * i - 1, 0), i] += 0.25 * (i > 0)
+        matrix[min(2 * i + 2, 2 * size - 1), i] += 0.25 * (i < size - 1)
+    return matrix

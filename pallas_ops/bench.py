@@ -1,0 +1,372 @@
+"""Time of the synthesis on a TPU, as the TPU compiler counts it, without a TPU.
+
+    python -m pallas_ops.bench --topology v5e:2x2 --batch 1,4,8 --json FILE
+
+Needs libtpu (`pip install 'jaxstyle[tpu]'`) and no chip: every layer, and the whole
+synthesis (`total`), is compiled ahead of time, forward and forward + backward, with
+XLA's convolutions and with the kernels. An estimate by the compiler, never a measured
+time:
+
+- an XLA operation counts the `estimated_cycles` of the scheduled program;
+- a kernel counts the turns of its grid times the largest of its scheduled bundles, the
+  rows that its busiest matrix unit multiplies, and its memory traffic in cycles.
+
+All of it is read from the compiler's output. A kernel with a loop besides the grid's is
+an error, since its turns would not be known. The whole 1024 px program compiles for
+minutes: `--layers` and `--directions` choose less, and `--json` keeps what is there.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+# The chips: GHz, GB/s of memory and bfloat16 multiply-adds a cycle.
+CHIPS = {
+    "v5e": (1.5, 819, 4 * 128**2),
+    "v5p": (1.75, 2765, 8 * 128**2),
+    "v6e": (1.75, 1640, 4 * 256**2),
+}
+# Rows that one matrix multiplication instruction takes. The second form follows one of
+# the first on the same rows; so counted, every kernel's sum is its arithmetic's.
+MATMUL_ROWS = {"vmatmul": 16, "vmatmul.lmr": 8}
+DTYPE_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
+KERNEL = 'custom_call_target="tpu_custom_call"'
+KEYS = ("topology", "size", "batch", "layer", "direction", "implementation")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the compiler's files say of one kernel; cycles are of one turn."""
+
+    turns: int
+    bundles: int
+    matmul_rows: int
+    spills: int
+
+
+@contextlib.contextmanager
+def dumps():
+    """A folder for the compiler's files, gone afterwards.
+
+    libtpu reads the flags once, when it is loaded: enter this before anything compiles.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(
+            [
+                os.environ.get("LIBTPU_INIT_ARGS", ""),
+                f"--xla_jf_dump_to={folder}",
+                "--xla_jf_dump_llo_text=true",
+            ]
+        )
+        yield Path(folder)
+
+
+def read_kernel(folder: Path, name: str) -> Kernel:
+    """Read the compiler's files of the kernel that the program calls `name`.
+
+    Raises:
+      RuntimeError: files that are not there or hold a loop besides the grid's.
+    """
+
+    def text(ending: str) -> str:
+        # The name's own files, not those of `name.1`.
+        pattern = re.compile(rf"\d+-{re.escape(name)}-\d+-{ending}\.txt")
+        found = [f for f in folder.iterdir() if pattern.fullmatch(f.name)]
+        if len(found) != 1:
+            raise RuntimeError(f"{len(found)} files {ending} of kernel {name}")
+        return found[0].read_text()
+
+    analysis = text("schedule-analysis_final_bundles")
+    bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", analysis)[1])
+    code = text("final_bundles")
+    loops = len(re.findall(r"^ *0x[0-9a-f]+ LB:|^ *0 LB:", code, re.M))
+    exits = re.findall(r"totalorder %\w+, (\d+) /\* loop exit test \*/", code)
+    if loops > 1 or len(exits) != loops:
+        raise RuntimeError(f"kernel {name} holds {loops} loops, {len(exits)} resolved")
+    rows = Counter()
+    for kind, unit in re.findall(r"(vmatmul(?:\.lmr)?)[\w.]*mxu(\d)", code):
+        rows[unit] += MATMUL_ROWS[kind]
+    slots = text("final_hlo-static-per-bundle-utilization")
+    names, used = slots.split("== UTILIZATION:")
+    spill = names.split("\n")[1].split(", ").index("VSTORE:SPILL")
+    spills = sum(int(line.split()[spill]) for line in used.strip().splitlines())
+    # Two turns of the grid's loop only start and end its pipeline.
+    turns = int(exits[0]) - 2 if loops else 1
+    return Kernel(turns, bundles, max(rows.values(), default=0), spills)
+
+
+def _bytes(shapes: str) -> int:
+    """Bytes of the arrays in a piece of a program's text."""
+    total = 0
+    for dtype, sides in re.findall(r"\b(\w+)\[([\d,]*)\]", shapes):
+        if dtype in DTYPE_BYTES:
+            size = DTYPE_BYTES[dtype]
+            for side in filter(None, sides.split(",")):
+                size *= int(side)
+            total += size
+    return total
+
+
+def estimate(folder: Path, program: str, chip: str) -> dict:
+    """Cycles of a compiled program.
+
+    Args:
+      folder: of the compiler's files.
+      program: the scheduled program's text.
+      chip: a key of `CHIPS`.
+
+    Returns:
+      `ms` and, of it, `xla_ms`; the share of a kernel by name, in `kernels`.
+    """
+    ghz, bandwidth, _ = CHIPS[chip]
+    entry = program[program.index("\nENTRY") :]
+    xla, kernels = 0, {}
+    shapes = dict(re.findall(r"%([\w.-]+) = ([^=]*?) [\w-]+\(", entry))
+    # Several names of one array: a block and its neighbours read it three times.
+    same = dict(re.findall(r"%([\w.-]+) = [^=]*? bitcast\(%([\w.-]+)\)", entry))
+
+    def array(name: str) -> str:
+        return array(same[name]) if name in same else name
+
+    for line in entry.splitlines():
+        if KERNEL in line:
+            name = re.search(r"%([\w.-]+) =", line)[1]
+            operands = re.search(r"custom-call\((.*?)\)", line)[1]
+            read = {array(n) for n in re.findall(r"%([\w.-]+)", operands)}
+            moved = _bytes(shapes[name]) + sum(_bytes(shapes[n]) for n in read)
+            found = read_kernel(folder, name)
+            compute = found.turns * max(found.bundles, found.matmul_rows)
+            kernels[name] = max(compute, moved / (bandwidth / ghz)) / ghz / 1e6
+        elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+            xla += int(cycles[1])
+    xla_ms = xla / ghz / 1e6
+    return {
+        "ms": xla_ms + sum(kernels.values()),
+        "xla_ms": xla_ms,
+        "kernels": kernels,
+    }
+
+
+def floors(layer: str, table: dict, batch: int, chip: str) -> tuple[float, float]:
+    """Least ms of a layer's forward pass by arithmetic and by memory traffic.
+
+    Nine multiplications a pair of channels and a pixel (of the smaller picture, for an
+    up-convolution); each activation read and written once, and the weight read.
+    """
+    ghz, bandwidth, multiplies = CHIPS[chip]
+    kind, size = layer.split("_")
+    size = int(size)
+    inside = size // 2 if kind == "up" else size
+    channels, outputs = table[inside], 3 if kind == "rgb" else table[size]
+    taps = 1 if kind == "rgb" else 9
+    arithmetic = batch * inside**2 * taps * channels * outputs
+    moved = batch * (inside**2 * channels + size**2 * outputs) * 2
+    moved += taps * channels * outputs * 2
+    return arithmetic / multiplies / ghz / 1e6, moved / bandwidth / 1e6
+
+
+def program(size: int, batch: int, layer: str, direction: str, implementation: str):
+    """A function and its arguments' shapes: a layer, or the synthesis (`total`).
+
+    The gradient is that of a scalar with respect to everything.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxstyle import stylegan2
+    from pallas_ops import output_packing
+
+    # The kernels are the default from 32 px up; naming them would demand them below.
+    chosen = None if implementation == "pallas" else implementation
+    generator = stylegan2.Generator(size, dtype="bfloat16")
+    params = jax.eval_shape(lambda k: generator.init_params(key=k), jax.random.key(0))
+    table = generator.channel_table
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    if layer == "total":
+        styles = tuple(array(batch, d) for d in generator.style_dims)
+
+        def forward(params, styles):
+            planes = stylegan2.noise_planes(
+                size, batch, "const", const=params["noise_const"]
+            )
+            return stylegan2.synthesis(
+                params["synthesis"],
+                styles,
+                planes,
+                dtype=jnp.bfloat16,
+                implementation=chosen,
+            )[0]
+
+        args = params, styles
+    else:
+        kind, resolution = layer.split("_")
+        up, resolution = kind == "up", int(resolution)
+        inside = resolution // 2 if up else resolution
+        params = params["synthesis"][layer]
+        weight = params["weight"].shape
+
+        # The layout in which the layer before leaves its output.
+        packing, channels = 1, table[inside]
+        if implementation == "pallas":
+            packing = max(1, 128 // channels)
+        shape = batch, inside, inside // packing, packing * channels
+        after = output_packing(
+            shape, weight, up=up, packing=packing, implementation=chosen
+        )
+
+        def forward(params, x, style, noise):
+            return stylegan2.styled_conv(
+                params,
+                x,
+                style,
+                noise,
+                up=up,
+                packing=(packing, after),
+                implementation=chosen,
+            )
+
+        args = (
+            params,
+            array(*shape, dtype=jnp.bfloat16),
+            array(batch, channels),
+            array(1, resolution, resolution),
+        )
+    if direction == "forward":
+        return forward, args
+    out = jax.eval_shape(forward, *args)
+
+    def both(cotangent, *args):
+        y, pull = jax.vjp(forward, *args)
+        return y, pull(cotangent)
+
+    return both, (array(*out.shape, dtype=out.dtype), *args)
+
+
+def measure(folder: Path, topology: str, size: int, batch: int, *what: str) -> dict:
+    """One record; `what` is layer, direction and implementation."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from jaxstyle.stylegan2 import channel_table
+
+    layer, direction, _ = what
+    chip = topology.split(":")[0]
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices
+    mesh = Mesh(np.array(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
+    record = dict(zip(KEYS, (topology, size, batch, *what), strict=True))
+    table = channel_table(size)
+    layers = list(layer_names(size)) if layer == "total" else [layer]
+    passes = 1 if direction == "forward" else 3
+    for i, name in enumerate(("mxu_floor_ms", "hbm_floor_ms")):
+        record[name] = passes * sum(floors(n, table, batch, chip)[i] for n in layers)
+    record |= {"ms": None, "peak_bytes": None, "error": None}
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            function, args = program(size, batch, *what)
+            where = NamedSharding(mesh, PartitionSpec())
+            args = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), args
+            )
+            compiled = jax.jit(function).lower(*args).compile()
+        record |= estimate(folder, compiled.as_text(), chip)
+        memory = compiled.memory_analysis()
+        record["peak_bytes"] = memory.peak_memory_in_bytes
+        record["temp_bytes"] = memory.temp_size_in_bytes
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        record["error"] = str(error).split("\n")[0][:300]
+    finally:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return record
+
+
+def layer_names(size: int) -> list[str]:
+    """The 3×3 layers."""
+    from jaxstyle.stylegan2 import noise_names
+
+    return list(noise_names(size))
+
+
+def line(record: dict) -> str:
+    """A record for people."""
+    name = " ".join(str(record[k]) for k in KEYS)
+    if record["ms"] is None:
+        return f"{name}: {record['error']}"
+    floor = max(record["mxu_floor_ms"], record["hbm_floor_ms"])
+    return (
+        f"{name}: {record['ms']:.3f} ms (XLA operations {record['xla_ms']:.3f}), "
+        f"MXU floor {record['mxu_floor_ms']:.3f}, HBM floor "
+        f"{record['hbm_floor_ms']:.3f}, {record['ms'] / floor:.2f} × the larger, "
+        f"temporaries {record['temp_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in words(text)]
+
+    parser = argparse.ArgumentParser(prog="pallas_ops.bench", description=__doc__)
+    add = parser.add_argument
+    add("--topology", type=words, default=["v5e:2x2"], help="such as v5e:2x2,v6e:2x2")
+    add("--batch", type=numbers, default=[1, 4, 8])
+    add("--size", type=numbers, default=[1024, 256])
+    add("--layers", type=words, help="such as up_1024,total; default all and total")
+    add("--directions", type=words, default=["forward", "forward+backward"])
+    add("--implementations", type=words, default=["xla", "pallas"])
+    add("--json", type=Path, help="records, kept and refreshed")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line entry."""
+    chosen = options(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    records = {}
+    if chosen.json and chosen.json.exists():
+        records = {
+            tuple(r[k] for k in KEYS): r for r in json.loads(chosen.json.read_text())
+        }
+    with dumps() as folder:
+        for topology, size, batch in itertools.product(
+            chosen.topology, chosen.size, chosen.batch
+        ):
+            layers = chosen.layers or [*layer_names(size), "total"]
+            for what in itertools.product(
+                layers, chosen.directions, chosen.implementations
+            ):
+                record = measure(folder, topology, size, batch, *what)
+                print(line(record), flush=True)
+                records[tuple(record[k] for k in KEYS)] = record
+                if chosen.json:
+                    text = json.dumps(list(records.values()), indent=1)
+                    new = chosen.json.with_suffix(".new")
+                    new.write_text(text + "\n")
+                    new.replace(chosen.json)
+
+
+if __name__ == "__main__":
+    main()

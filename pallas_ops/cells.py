@@ -1,0 +1,204 @@
+"""Cells: the layout in which the TPU kernels hold an activation.
+
+A TPU works on 128 channels at once. Where a picture has fewer, `packing` neighbouring
+columns share the channel axis: [batch, height, width, channels] becomes
+[batch, height, width / packing, packing * channels], column-major in the channels. A
+3×3 convolution of pixels is then a 3×3 convolution of cells, and an up-convolution
+produces the finer layout as its output channels, so nothing is ever interleaved.
+
+Only columns are packed. Rows are no tile dimension on a TPU: a kernel reads and writes
+any of them at no cost.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+LANES = 128
+
+
+def pack(x: Array, packing: int) -> Array:
+    """[batch, height, width, channels] to [.., width / packing, packing * channels]."""
+    *lead, width, channels = x.shape
+    return x.reshape(*lead, width // packing, packing * channels)
+
+
+def unpack(x: Array, packing: int) -> Array:
+    """The inverse of `pack`."""
+    *lead, width, channels = x.shape
+    return x.reshape(*lead, width * packing, channels // packing)
+
+
+def packing_of(channels: int) -> int:
+    """Columns of a cell: as many as 128 lanes hold."""
+    return max(1, LANES // channels)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A linear map of cells that looks one cell to every side.
+
+    Attributes:
+      packing_in, packing_out: columns of a cell.
+      rows_in, rows_out: rows of a cell.
+      up: an up-convolution with its blur (or, `adjoint`, that one's transpose).
+      adjoint: the transpose: weights swap their channels, taps change sides.
+    """
+
+    packing_in: int
+    packing_out: int
+    up: bool = False
+    adjoint: bool = False
+
+    @property
+    def rows_in(self) -> int:
+        return 2 if self.up and self.adjoint else 1
+
+    @property
+    def rows_out(self) -> int:
+        return 2 if self.up and not self.adjoint else 1
+
+    @property
+    def sided(self) -> bool:
+        """Whether half a neighbour is all that a cell sees of it.
+
+        Then both neighbours fit into one operand: the right one's first half and the
+        left one's second.
+        """
+        reach = 2 if self.up and self.adjoint else 1
+        return 2 * reach <= self.packing_in
+
+    @property
+    def transposed(self) -> "Geometry":
+        """The geometry of the gradient with respect to the input."""
+        return Geometry(self.packing_out, self.packing_in, self.up, not self.adjoint)
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """[operand, column in, column out, 3]: which tap joins two columns.
+
+        Operands are the left neighbour, the cell and the right neighbour; or the cell
+        and one made of both.
+        """
+        if self.adjoint:
+            taps = _taps(self.packing_out, self.packing_in, self.up)
+            taps = taps[::-1].swapaxes(1, 2)
+        else:
+            taps = _taps(self.packing_in, self.packing_out, self.up)
+        if not self.sided:
+            return taps
+        first = np.arange(self.packing_in) < self.packing_in // 2
+        side = np.where(first[:, None, None], taps[2], taps[0])
+        return np.stack([taps[1], side])
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """[offset, row in, row out, 3], as `columns`."""
+        taps = _taps(1, 2 if self.up else 1, self.up)
+        return taps[::-1].swapaxes(1, 2) if self.adjoint else taps
+
+
+def _taps(inside: int, outside: int, up: bool) -> np.ndarray:
+    """[cell offset + 1, column in, column out, 3] of one axis, not adjoint."""
+    taps = np.zeros((3, inside, outside, 3), np.float32)
+    # The zero-inserted input under a flipped kernel and the blur [1, 3, 3, 1] / 4: six
+    # taps, of which each output column sees every second.
+    blurred = np.zeros((6, 3), np.float32)
+    for tap in range(3):
+        blurred[2 - tap : 6 - tap, tap] = np.array([1, 3, 3, 1]) / 4
+    for cell in range(3):
+        for i in range(inside):
+            for o in range(outside):
+                column = (cell - 1) * inside + i
+                if up:
+                    tap = column - o // 2 + 1
+                    if 0 <= tap <= 2:
+                        taps[cell, i, o] = blurred[2 * tap + 1 - o % 2]
+                elif 0 <= column - o + 1 <= 2:
+                    taps[cell, i, o, column - o + 1] = 1
+    return taps
+
+
+def cell_weight(weight: Array, geometry: Geometry, split: int = 1) -> Array:
+    """Weights of pixels [w, 3, 3, in, out] as weights of cells.
+
+    Args:
+      weight: of the convolution, also for its adjoint (which swaps the channels).
+      geometry: of the cells.
+      split: parts of the columns of a cell that are computed apart.
+
+    Returns:
+      [w, rows_out, split, rows_in, 3, operands, packing_in * in,
+      packing_out / split * out].
+    """
+    if geometry.adjoint:
+        weight = weight.swapaxes(3, 4)
+    columns, rows = _tensors(geometry, split)
+    if columns.shape[3] == 1:
+        # Whole taps: sums of a few arrays, where an einsum would be a slow convolution.
+        by_row = _combined(rows, jnp.moveaxis(weight, 1, 0))  # [y, r, s, w, x, i, o]
+        cells = _combined(columns[:, :, :, 0], jnp.moveaxis(by_row, 4, 0))
+        # From [t, j, m, y, r, s, w, i, o].
+        cells = cells.transpose(6, 5, 2, 4, 3, 0, 1, 7, 8)[..., None, :]
+    else:
+        cells = jnp.einsum(
+            "tjmnx,yrsu,wuxio->wsmrytjino", columns, rows, weight, precision="highest"
+        )
+    shape = cells.shape
+    return cells.reshape(*shape[:6], shape[6] * shape[7], shape[8] * shape[9])
+
+
+def pixel_weight(cells: Array, geometry: Geometry) -> Array:
+    """The transpose of `cell_weight`, for gradients.
+
+    Args:
+      cells: [w, rows_out, split, rows_in, 3, operands, channels, outputs].
+      geometry: of the cells.
+
+    Returns:
+      [w, 3, 3, in, out].
+    """
+    *lead, depth, width = cells.shape
+    columns, rows = _tensors(geometry, lead[2])
+    if columns.shape[1] == columns.shape[3] == 1:
+        taps = cells.transpose(5, 2, 4, 3, 1, 0, 6, 7)  # [t, m, y, r, s, w, i, o]
+        taps = taps.reshape(-1, *taps.shape[2:])
+        by_column = _combined(columns.reshape(-1, 3).T, taps)
+        taps = jnp.moveaxis(by_column, 0, 4)  # [y, r, s, w, x, i, o]
+        taps = taps.reshape(-1, *taps.shape[3:])
+        weight = jnp.moveaxis(_combined(rows.reshape(-1, 3).T, taps), 0, 1)
+    else:
+        packing_in, packing_out = columns.shape[1], columns.shape[3]
+        cells = cells.reshape(
+            *lead, packing_in, depth // packing_in, packing_out, width // packing_out
+        )
+        weight = jnp.einsum(
+            "tjmnx,yrsu,wsmrytjino->wuxio", columns, rows, cells, precision="highest"
+        )
+    return weight.swapaxes(3, 4) if geometry.adjoint else weight
+
+
+def _combined(coefficients: np.ndarray, arrays: Array) -> Array:
+    """Linear combinations along the leading axis, written out term by term.
+
+    Args:
+      coefficients: [.., terms].
+      arrays: [terms, ..].
+    """
+    lead = coefficients.shape[:-1]
+    sums = [
+        sum(float(c) * arrays[i] for i, c in enumerate(row) if c)
+        for row in coefficients.reshape(-1, coefficients.shape[-1])
+    ]
+    return jnp.stack(sums).reshape(*lead, *arrays.shape[1:])
+
+
+def _tensors(geometry: Geometry, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """`columns` as [operand, in, split, out / split, 3], and `rows`."""
+    columns = geometry.columns
+    operands, inside, outside, taps = columns.shape
+    shape = operands, inside, split, outside // split, taps
+    return columns.reshape(shape), geometry.rows

@@ -1,0 +1,88 @@
+"""What the bench reads from the compiler's files, and one small compiled step."""
+
+import importlib.util
+import json
+
+import pytest
+
+from jaxstyle.stylegan2 import channel_table
+from pallas_ops import bench
+
+FILES = {
+    "schedule-analysis_final_bundles": "\ttotal scheduled bundles:    100\n",
+    "final_bundles": """
+  0xb LB: > { %1 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v2  ;;  %v3 = vadd.f32 %v4, %v5 }
+  0xc   : > { %2 = vmatmul.bf16.gmra.mxu0 %v2  ;;  %v7 = vld [vmem:[%s4] sm:$0xff] }
+  0xd   : > { %3 = vmatmul.lmr.bf16.gmra.16.mxu0 %v2 }
+  0xe   : > { %4 = vmatmul.bf16.gmra.mxu1 %v2 }
+  0xf   : > { %p18_p13 = scmp.ge.s32.totalorder %s21_s16, 34 /* loop exit test */ }
+""",
+    "final_hlo-static-per-bundle-utilization": (
+        "== CAPACITY:\nMXU, VALU, VSTORE:SPILL, SALU\n4 4 1 2\n"
+        "== UTILIZATION:\n1 0 1 0\n1 0 0 0\n1 2 1 0\n"
+    ),
+}
+PROGRAM = """
+ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %bitcast.1 = bf16[128]{0} bitcast(%x)
+  %bitcast.2 = bf16[128]{0} bitcast(%x)
+  %conv.1 = bf16[8,16]{1,0} custom-call(%bitcast.1, %bitcast.2), \
+custom_call_target="tpu_custom_call"
+  ROOT %copy = bf16[8,16]{0,1} copy(%conv.1), backend_config={"estimated_cycles":"3000"}
+}
+"""
+
+
+def write(folder, name, files):
+    for i, (ending, text) in enumerate(files.items()):
+        (folder / f"17-{name}-{70 + i}-{ending}.txt").write_text(text)
+
+
+def test_estimate(tmp_path):
+    """Grid × the busiest of bundles, matrix unit and memory, and XLA's own cycles."""
+    write(tmp_path, "conv.1", FILES)
+    kernel = bench.read_kernel(tmp_path, "conv.1")
+    assert kernel == bench.Kernel(turns=32, bundles=100, matmul_rows=40, spills=2)
+    found = bench.estimate(tmp_path, PROGRAM, "v5e")
+    assert found["xla_ms"] == pytest.approx(3000 / 1.5e6)
+    assert found["kernels"] == {"conv.1": pytest.approx(3200 / 1.5e6)}
+    assert found["ms"] == pytest.approx(6200 / 1.5e6)
+
+
+def test_unresolved_loop(tmp_path):
+    """A loop in the body would be counted once: refused."""
+    code = FILES["final_bundles"] + "  0x10 LB: >> { %p = vnop }\n"
+    write(tmp_path, "conv.1", FILES | {"final_bundles": code})
+    with pytest.raises(RuntimeError, match="2 loops"):
+        bench.read_kernel(tmp_path, "conv.1")
+    with pytest.raises(RuntimeError, match="0 files"):
+        bench.read_kernel(tmp_path, "conv")
+
+
+def test_floors():
+    """1024 px, 32 channels, batch 4 on a v5e, by hand."""
+    arithmetic, memory = bench.floors("conv_1024", channel_table(1024), 4, "v5e")
+    assert arithmetic == pytest.approx(4 * 2**20 * 9 * 32**2 / 4 / 128**2 / 1.5e6)
+    assert memory == pytest.approx(2 * 4 * 2**20 * 32 * 2 / 819e6, rel=1e-3)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu: pip install 'jaxstyle[tpu]'",
+)
+def test_one_layer(tmp_path):
+    """The smallest layer, in a process that loads libtpu with the flags."""
+    import subprocess
+    import sys
+
+    path = tmp_path / "records.json"
+    subprocess.run(
+        [sys.executable, "-m", "pallas_ops.bench", "--size", "64", "--batch", "1"]
+        + ["--layers", "conv_32", "--directions", "forward", "--json", str(path)],
+        check=True,
+    )
+    xla, kernel = json.loads(path.read_text())
+    assert xla["error"] is None and kernel["error"] is None
+    assert kernel["kernels"] and not xla["kernels"]
+    assert kernel["ms"] < xla["ms"]

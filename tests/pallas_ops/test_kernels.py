@@ -1,0 +1,196 @@
+"""The TPU kernels against `reference.py`, interpreted; and what guards them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_ops import cell_conv_tpu, modulated_conv, modulated_conv_tpu, reference
+from pallas_ops.cells import pack, packing_of, unpack
+from tests.pallas_ops.test_ops import assert_near, normal
+
+# name: (in channels, out channels, up, width of the input); the channels of the 1024 px
+# generator, pictures as narrow as a kernel takes.
+LAYERS = {
+    "conv_1024": (32, 32, False, 64),
+    "conv_512": (64, 64, False, 32),
+    "conv_256": (128, 128, False, 16),
+    "conv_64": (512, 512, False, 16),
+    "up_1024": (64, 32, True, 32),
+    "up_512": (128, 64, True, 16),
+    "up_256": (256, 128, True, 16),
+    "up_64": (512, 512, True, 16),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Two rows a block, and two blocks of outputs where there are 256."""
+    monkeypatch.setattr(cell_conv_tpu, "_block_rows", lambda height, *_: 2 - height % 2)
+    monkeypatch.setattr(cell_conv_tpu, "STEP_OUTPUTS", 128)
+
+
+def arguments(name, batch, height, dtype=jnp.float32):
+    """x, weight, style, noise and bias of a layer."""
+    channels, outputs, up, width = LAYERS[name]
+    out = height * (1 + up), width * (1 + up)
+    return (
+        normal(0, batch, height, width, channels, dtype=dtype),
+        normal(1, 3, 3, channels, outputs) / (9 * channels) ** 0.5,
+        1 + 0.3 * normal(2, batch, channels),
+        normal(3, 1 if batch == 1 else batch, *out),
+        normal(4, outputs),
+    )
+
+
+def specified(up):
+    """The specification in float32."""
+
+    def layer(x, weight, style, noise, bias):
+        y = reference.modulated_conv2d(x.astype(jnp.float32), weight, style, up=up)
+        return reference.fused_leaky_relu(y + noise[..., None], bias)
+
+    return layer
+
+
+def by_kernels(up, interpret=True):
+    """The same by the kernels, from pixels to pixels."""
+
+    def layer(x, weight, style, noise, bias):
+        channels, outputs = weight.shape[2:]
+        packing = packing_of(channels)
+        y = modulated_conv_tpu.modulated_conv(
+            pack(x, packing),
+            weight,
+            style,
+            modulated_conv._demodulation(weight, style),
+            noise,
+            bias,
+            up=up,
+            packing=packing,
+            interpret=interpret,
+        )
+        return unpack(
+            y, modulated_conv_tpu.plan_for(channels, outputs, up=up).packing[1]
+        )
+
+    return layer
+
+
+def scalar(layer, weights):
+    """A functional that is nonlinear in every argument."""
+    return lambda *args: jnp.sum(jnp.sin(layer(*args)) * weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "height", "dtype"),
+    [
+        ("conv_1024", 3, 4, "bfloat16"),
+        ("conv_512", 2, 4, "bfloat16"),
+        ("conv_256", 1, 5, "bfloat16"),
+        ("conv_64", 1, 4, "bfloat16"),
+        ("up_1024", 2, 4, "bfloat16"),
+        ("up_512", 1, 4, "bfloat16"),
+        ("up_256", 3, 3, "bfloat16"),
+        ("up_64", 1, 4, "bfloat16"),
+        ("conv_1024", 2, 3, "float32"),
+        ("up_512", 2, 3, "float32"),
+        ("up_256", 1, 4, "float32"),
+    ],
+)
+def test_forward(name, batch, height, dtype):
+    up, args = LAYERS[name][2], arguments(name, batch, height, jnp.dtype(dtype))
+    y = jax.jit(by_kernels(up))(*args)
+    assert y.dtype == args[0].dtype
+    assert_near(y, specified(up)(*args), 9 * LAYERS[name][0])
+
+
+@pytest.mark.parametrize("name", ["conv_1024", "up_256"])
+def test_gradients(name):
+    """First derivatives by every argument, as a batch of two."""
+    up, args = LAYERS[name][2], arguments(name, 2, 2)
+    weights = normal(5, *jax.eval_shape(specified(up), *args).shape)
+    ours, expected = (
+        jax.jit(jax.grad(scalar(f, weights), range(5)))(*args)
+        for f in (by_kernels(up), specified(up))
+    )
+    for a, e in zip(ours, expected, strict=True):
+        assert_near(a, e, max(9 * LAYERS[name][0], weights[..., 0].size), 25)
+
+
+@pytest.mark.parametrize("name", ["conv_512", "up_1024"])
+def test_second_derivatives(name):
+    """The gradient of the gradient's norm, as path length and R1 need."""
+    up, args = LAYERS[name][2], arguments(name, 1, 1)
+    weights = normal(5, *jax.eval_shape(specified(up), *args).shape)
+
+    def norm(layer):
+        first = jax.grad(scalar(layer, weights), (0, 1, 2))
+        return lambda *a: sum(jnp.sum(jnp.square(g)) for g in first(*a))
+
+    ours, expected = (
+        jax.jit(jax.grad(norm(f), range(5)))(*args)
+        for f in (by_kernels(up), specified(up))
+    )
+    for a, e in zip(ours, expected, strict=True):
+        assert_near(a, e, max(9 * LAYERS[name][0], weights[..., 0].size), 100)
+
+
+def test_vmap():
+    """A leading style axis on everything, forward and backward."""
+    name = "conv_512"
+    args = [jnp.stack([a, 1 - a / 2]) for a in arguments(name, 2, 2)]
+    weights = normal(5, *args[0].shape[1:])
+
+    def both(layer):
+        return jax.value_and_grad(scalar(layer, weights), range(5))
+
+    got = jax.jit(jax.vmap(both(by_kernels(False))))(*args)
+    want = jax.jit(jax.vmap(both(specified(False))))(*args)
+    for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_near(a, e, 9 * 64, 25)
+
+
+@pytest.mark.parametrize("name", ["conv_512", "up_256"])
+def test_no_races(name, capsys):
+    """Of the kernel's own writes and of its blocks' transfers."""
+    up, args = LAYERS[name][2], arguments(name, 1, 4, jnp.bfloat16)
+    params = pltpu.InterpretParams(detect_races=True)
+    y = jax.jit(by_kernels(up, params))(*args)
+    assert_near(y, specified(up)(*args), 9 * LAYERS[name][0])
+    y.block_until_ready()
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("channels", "outputs", "k"), [(32, 64, 1), (128, 256, 3)])
+def test_down(channels, outputs, k):
+    """The discriminator's down-sampling and its gradients: the up-convolution's own."""
+    x = normal(0, 2, 4, 32 * packing_of(channels), channels)
+    weight = normal(1, k, k, channels, outputs) / (k * k * channels) ** 0.5
+    bias = normal(2, outputs)
+    plan = modulated_conv_tpu.plan_for(channels, outputs, down=True)
+
+    def ours(x, weight, bias):
+        padding = ((1, 1), (1, 1), (0, 0), (0, 0))
+        y = modulated_conv_tpu.modulated_conv(
+            pack(x, plan.packing[0]),
+            jnp.pad(weight, padding) if k == 1 else weight,
+            jnp.ones((2, channels)),
+            jnp.ones((2, outputs)),
+            bias=bias,
+            down=True,
+            packing=plan.packing[0],
+            interpret=True,
+        )
+        return unpack(y, plan.packing[1])
+
+    def specified(x, weight, bias):
+        return reference.fused_leaky_relu(reference.downsample_conv2d(x, weight), bias)
+
+    weights = normal(5, *jax.eval_shape(specified, x, weight, bias).shape)
+    got, want = (
+        jax.jit(jax.value_and_grad(scalar(f, weights), range(3)))(x, weight, bias)
+        for f in (ours, specified)
+    )
+    for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_near(a, e, 9 * channels + weights[..., 0].size, 25)
