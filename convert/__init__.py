@@ -242,7 +242,7 @@ def _snapshot(value, report):
 
 
 def _encoder(value, kind, report):
-    """Files of pSp and e4e: encoder, decoder, average latent, options."""
+    """Files of pSp, e4e, ReStyle: encoder, decoder, average latent, options."""
     state = _stripped(value["state_dict"])
     parts = {"encoder": {}, "decoder": {}}
     for key, array in state.items():
@@ -294,7 +294,12 @@ def _encoder(value, kind, report):
 def _encoder_kind(state, opts, critic, report: Report) -> str:
     """`psp` or `e4e`: their networks have the same keys."""
     name = str(opts.get("encoder_type", ""))
-    if name in ("Encoder4Editing", "SingleStyleCodeEncoder") or critic is not None:
+    editing = (
+        "Encoder4Editing",
+        "SingleStyleCodeEncoder",
+        "ProgressiveBackboneEncoder",
+    )
+    if name in editing or critic is not None:
         return "e4e"
     if name:
         return "psp"

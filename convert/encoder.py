@@ -146,14 +146,16 @@ def encoder(
       report: what happened.
     """
     state = without(state, r"num_batches_tracked$", "counters of batches", report)
+    if "body.0.conv1.weight" in state:
+        raise UserError("it is a ReStyle encoder on a ResNet, which is not run here")
     fields, blocks, shortcuts = trunk_fields(state)
     rows = highest(state, r"styles\.(\d+)\.", 40) + 1
     convs = [
         highest(state, rf"styles\.{row}\.convs\.(\d+)\.", 40) // 2 + 1
         for row in range(rows)
     ]
-    laterals = highest(state, r"latlayer(\d+)\.", 8)
-    table = encoder_table(blocks, shortcuts, convs, max(laterals, 0))
+    laterals = max(highest(state, r"latlayer(\d+)\.", 8), 0)
+    table = encoder_table(blocks, shortcuts, convs, laterals)
     if not rows:
         add_layer(table, "linear", ("dense",), "dense")
     naive = any(k.startswith("output_layer_2.") for k in state)
@@ -162,16 +164,12 @@ def encoder(
         add_layer(table, "output_layer_2.3", ("hidden",), "flat_7")
     check_keys(state, table, "encoder")
 
-    if rows and laterals < 0:
-        raise UserError(
-            f"it is a ReStyle encoder ({fields['in_channels']} input channels, no "
-            "pyramid), which this version does not run"
-        )
     fields["start_from_w_avg"] = start_from_w_avg
     if rows:
         fields |= _pyramid(state, convs, laterals, len(fields["units"]))
         module = (Encoder4Editing if kind == "e4e" else GradualStyleEncoder)(**fields)
         name = "e4e" if kind == "e4e" else "pSp"
+        name = name if laterals > 0 else f"ReStyle's {name}"
     elif naive:
         width = shape(state, "linear.weight", 2)
         module = BackboneWPlusEncoder(
@@ -266,7 +264,10 @@ def latent_discriminator_state(
 
 
 def official_type(module: Encoder) -> str:
-    """The option `encoder_type` that pSp and e4e give such an encoder."""
+    """The option `encoder_type` that pSp, e4e and ReStyle give such an encoder."""
+    if getattr(module, "level_rows", None) == ():
+        editing = isinstance(module, Encoder4Editing)
+        return "ProgressiveBackboneEncoder" if editing else "BackboneEncoder"
     return {
         "GradualStyleEncoder": "GradualStyleEncoder",
         "Encoder4Editing": "Encoder4Editing",

@@ -600,6 +600,39 @@ def full_codes(encoder: nn.Module, params: Params, codes: Array) -> Array:
     return codes
 
 
+def refine(
+    encoder: nn.Module,
+    params: Params,
+    generator: nn.Module,
+    generator_params: Params,
+    images: Array,
+    steps: int = 5,
+) -> Array:
+    """ReStyle: codes improved step by step (Alaluf et al., section 3.1).
+
+    From the average code on, the encoder sees the pictures and what the generator makes
+    of the codes so far, and gives offsets for the codes.
+
+    Args:
+      encoder, params: with six input channels.
+      generator, generator_params: with fixed noise.
+      images: [batch, size, size, 3].
+      steps: refinements.
+
+    Returns:
+      [batch, num_styles, w_dim].
+    """
+    codes = jnp.repeat(params["w_avg"][None], images.shape[0], 0)
+    for step in range(steps):
+        # The first picture is the same for all.
+        variables, shown = {"params": generator_params}, codes if step else codes[:1]
+        made, _ = generator.apply(variables, shown, space="w_plus")
+        made = jnp.broadcast_to(adaptive_pool(made, encoder.size), images.shape)
+        both = jnp.concatenate([images, made], -1)
+        codes = codes + encoder.apply({"params": params}, both)[0]
+    return codes
+
+
 class LatentDiscriminator(nn.Module):
     """e4e's critic, which tells codes of the mapping network from encoded ones.
 

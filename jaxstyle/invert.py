@@ -14,7 +14,8 @@ pulls are measured in standard deviations of w, so the defaults fit any generato
   generator knows, farther from the photo.
 - `--space z`: a code of the mapping network's input.
 
-By an encoder (pSp, e4e): one pass, no steps.
+By an encoder (pSp, e4e): one pass, no steps; ReStyle's refine their code `--restyle`
+times.
 
 Writes an .npz with `w_plus` [n, num_ws, w_dim] (and `w` or `z` where the search was in
 it), for `python -m jaxstyle.generate --codes`, and a picture of each code.
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from jaxstyle import images, pipeline, weights
 from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
-from jaxstyle.encoders import encode
+from jaxstyle.encoders import encode, refine
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import Generator, Params
@@ -47,6 +48,7 @@ SPACES = ("w_plus", "w", "z")
 LPIPS_SIZES = (128, 256)
 CANDIDATES = 64
 FRAMES = 60
+RESTYLE = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +279,8 @@ def optimize(
     return out | {"loss": losses}
 
 
-def load_encoder(path: str, generator: Generator) -> tuple[nn.Module, Params]:
-    """An encoder that fits a generator.
+def load_encoder(path: str, generator: Generator) -> tuple[nn.Module, Params, str]:
+    """An encoder that fits a generator, its parameters, and the space of its codes.
 
     Raises:
       UserError: no encoder there, one of another number of rows or width, or one that
@@ -292,14 +294,25 @@ def load_encoder(path: str, generator: Generator) -> tuple[nn.Module, Params]:
             f"{generator.size} px generator takes {generator.num_ws} of "
             f"{generator.w_dim}: use the encoder trained for it, or --encoder optimize"
         )
-    if encoder.in_channels != 3:
+    if encoder.in_channels not in (3, 6):
         raise UserError(
             f"encoder {path} reads {encoder.in_channels} channels, not photos"
         )
-    return encoder, params["encoder"]
+    space = weights.read_config(path)["metadata"].get("space", "w_plus")
+    return encoder, params["encoder"], space
 
 
-_encode = jax.jit(encode, static_argnums=0)
+@partial(jax.jit, static_argnames=("encoder", "generator", "space", "restyle"))
+def _encode(encoder, values, generator, params, x, *, space, restyle):
+    """Pictures at the encoder's size to w+; six channels make it one of ReStyle's."""
+    if encoder.in_channels == 6:
+        return refine(encoder, values, generator, params, x, restyle)
+    codes = encode(encoder, values, x)
+    if space != "z_plus":
+        return codes
+    rows = codes.reshape(-1, codes.shape[-1])
+    rows = generator.apply({"params": params}, rows, method="mapping")
+    return rows.reshape(codes.shape)
 
 
 def invert(
@@ -308,6 +321,7 @@ def invert(
     pictures: Array,
     *,
     encoder: str = "optimize",
+    restyle: int = RESTYLE,
     search: Search = DEFAULT,
     key: Array,
     batch: int = 4,
@@ -321,6 +335,7 @@ def invert(
       params: its parameters.
       pictures: [n, h, h, 3] in [-1, 1]; resized to what is needed.
       encoder: `optimize`, or the folder of an encoder.
+      restyle: refinements, if it is one of ReStyle's.
       search: options of the optimisation.
       key: its random key.
       batch: pictures at a time, at most.
@@ -332,9 +347,12 @@ def invert(
     """
     pictures = jnp.asarray(pictures, jnp.float32)
     if encoder != "optimize":
-        module, values = load_encoder(encoder, generator)
+        module, values, space = load_encoder(encoder, generator)
+        run = partial(_encode, module, values, generator, params)
         w_plus = pipeline.in_batches(
-            lambda x: _encode(module, values, x), resize(pictures, module.size), batch
+            lambda x: run(x, space=space, restyle=restyle),
+            resize(pictures, module.size),
+            batch,
         )
         drawn = pipeline.pictures(generator, params, w_plus, batch=batch)
         return {"w_plus": w_plus, "images": drawn}
@@ -374,6 +392,8 @@ class Options:
     """The generator: a name we ship, a converted folder, or a run."""
     encoder: str = "optimize"
     """An encoder's folder, or `optimize`, which needs none."""
+    restyle: int = RESTYLE
+    """Refinements of an encoder of ReStyle's."""
     out: str = "inverted"
     """A folder, or the .npz file of the codes; pictures go beside it."""
     side_by_side: bool = False
@@ -423,7 +443,7 @@ def check(options: Options) -> None:
     Raises:
       UserError: naming the option.
     """
-    for name in ("batch", "limit"):
+    for name in ("batch", "limit", "restyle"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
@@ -453,6 +473,7 @@ def main(args: list[str] | None = None) -> None:
         params,
         photos,
         encoder=options.encoder,
+        restyle=options.restyle,
         search=options.search,
         key=jax.random.key(options.seed),
         batch=options.batch,

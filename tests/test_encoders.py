@@ -10,6 +10,7 @@ import pytest
 
 import convert
 from convert import pt
+from convert.encoder import official_type
 from jaxstyle.encoders import (
     BackboneWEncoder,
     BackboneWPlusEncoder,
@@ -19,6 +20,7 @@ from jaxstyle.encoders import (
     batch_norm,
     encode,
     merge_batch_stats,
+    refine,
     resize_corners,
 )
 from jaxstyle.errors import UserError
@@ -212,6 +214,64 @@ def test_sketch_and_label_inputs_equal_the_original(tmp_path, channels):
     codes, _ = apply(networks["encoder"], params["encoder"], images)
     expected = golden("psp_backbones")[f"codes8_nc{channels}"][:, :1]
     assert relative_error(codes, expected) < BOUND
+
+
+def restyle_state(kind):
+    """A ReStyle encoder: six channels, eight rows that all read the last stage."""
+    manifest = json.loads((GOLDEN / "manifests" / "psp_encoder.json").read_text())
+    rows, state = {}, {}
+    for key, shape, dtype, fill, _ in manifest["entries"]:
+        if key.startswith("latlayer"):
+            continue
+        if key.startswith("styles."):
+            if key.startswith("styles.0."):
+                rows[key.removeprefix("styles.0.")] = shape, dtype, fill
+            continue
+        if key == "input_layer.0.weight":
+            shape, fill = [64, 6, 3, 3], ["normal", 54**-0.5, 0]
+        state[key] = shape, dtype, fill
+    for i in range(8):
+        state |= {f"styles.{i}.{key}": value for key, value in rows.items()}
+    prefix = f"golden-v1/restyle_{kind}_encoder"
+    return {key: fill_array(prefix, key, *value) for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "kind, encoder_type",
+    [
+        # Also refines twice, which takes long to compile.
+        pytest.param("psp", "BackboneEncoder", marks=pytest.mark.slow),
+        ("e4e", "ProgressiveBackboneEncoder"),
+    ],
+)
+def test_restyle_equals_the_original(tmp_path, kind, encoder_type):
+    options = {"encoder_type": encoder_type, "input_nc": 6}
+    networks, params = through_file(tmp_path, restyle_state(kind), options)
+    module, params = networks["encoder"], params["encoder"]
+    classes = {"psp": GradualStyleEncoder, "e4e": Encoder4Editing}
+    assert module == classes[kind](num_styles=8, in_channels=6, level_rows=())
+    assert official_type(module) == encoder_type
+    expected = golden("restyle")
+    x = pictures()
+    v = np.float32(0.8) * x[:, :, ::-1] + np.float32(0.1)
+    codes, _ = apply(module, params, np.concatenate([x, v], -1))
+    assert relative_error(codes, expected[f"restyle_{kind}_encoder_codes8"]) < BOUND
+    if kind == "e4e":
+        return
+    larger = filled_state_dict("stylegan2_g_64")
+    dropped = ("convs.6.", "convs.7.", "to_rgbs.3.", "noises.noise_7", "noises.noise_8")
+    state = {k: v for k, v in larger.items() if not k.startswith(dropped)}
+    pt.write(tmp_path / "g.pt", {"g_ema": state, "latent_avg": AVERAGE})
+    networks, decoder, _ = convert.load(tmp_path / "g.pt")
+    decoder = jax.tree.map(jnp.asarray, decoder["generator"])
+    run = jax.jit(
+        lambda p, g, x, n: refine(module, p, networks["generator"], g, x, n),
+        static_argnums=3,
+    )
+    for steps in (1, 2):
+        codes = run(params, decoder, x, steps)
+        wanted = expected[f"restyle_latent_step{steps}"]
+        assert relative_error(codes, wanted) < BOUND, steps
 
 
 # A small encoder is the same code

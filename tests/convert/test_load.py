@@ -252,10 +252,10 @@ def test_options_of_an_encoder_are_read_leniently(tmp_path):
         assert networks["encoder"].start_from_w_avg is expected
 
 
-def test_a_restyle_encoder_is_named(tmp_path):
-    state = small_encoder_object("psp")["state_dict"]
-    state = {k: v for k, v in state.items() if ".latlayer" not in k}
-    with pytest.raises(UserError, match="ReStyle"):
+def test_a_resnet_encoder_is_named(tmp_path):
+    state = {"encoder.conv1.weight": 0, "encoder.body.0.conv1.weight": 0}
+    state = {k: np.zeros((1, 1, 1, 1), np.float32) for k in state}
+    with pytest.raises(UserError, match="ReStyle encoder on a ResNet"):
         load(tmp_path / "a.pt", {"state_dict": state})
 
 
