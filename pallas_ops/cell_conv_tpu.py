@@ -341,10 +341,14 @@ def weight_gradient(
     batch, height, _, width, depth = x.shape
     rows_out, outputs = g.shape[2], g.shape[4]
     operands = geometry.columns.shape[0]
+    matmuls = rows_out * split * 3 * operands * pl.cdiv(depth, LANES)
     out_block = _block_outputs(outputs)
-    matmuls = rows_out * split * 3 * operands
-    tiles = pl.cdiv(depth, LANES) * pl.cdiv(out_block, LANES)
-    block = _block_rows(height, pl.cdiv(width * matmuls * tiles, 4))
+    # The sum runs over pixels: fewer than 128 would leave a part of the matrix unit
+    # idle, and every step reads and writes the whole result.
+    if LANES * matmuls * pl.cdiv(out_block, LANES) > 4 * STEP_CYCLES:
+        out_block = min(out_block, LANES)
+    tiles = matmuls * pl.cdiv(out_block, LANES)
+    block = _block_rows(height, pl.cdiv(width * tiles, 4))
     shape = (batch, rows_out, split, 1, 3, operands, depth, outputs)
     inputs = _picture_specs(x, block) | {
         "g": (
