@@ -65,9 +65,10 @@ class Search:
     search_noise: float = 0.5
     """Noise on the code at the start, in standard deviations of w; it fades out over
     three quarters of the steps."""
-    pull: float = 0.05
+    pull: float = 0.5
     """Weight of the squared distance, in standard deviations, from the average code
-    (w) and of the rows from their common code (w_plus)."""
+    (w) and of the rows from their common code (w_plus). Less resembles the photo more,
+    more takes a style better."""
     mse: float = 1.0
     """Weight of the squared pixel differences beside LPIPS."""
     lpips: str = "lpips_alexnet"

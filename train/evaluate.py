@@ -26,6 +26,7 @@ OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they s
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -250,12 +251,11 @@ def read(folder: Path, options: Options, size: int) -> np.ndarray:
 
 def invert_photos(options: Options, generator, params, photos) -> dict:
     """Codes of the photos, kept in OUT, and the seconds that they took."""
-    how = f"{weights.digest(params)}-{options.space}-{options.steps}-{options.seed}"
-    key = f"{how}-{options.first}-{options.n}"
-    path = options.out / f"codes-{key}.npz"
+    search = Search(space=options.space, steps=options.steps)
+    how = repr((weights.digest(params), search, options.seed, photos.tobytes()))
+    path = options.out / f"codes-{hashlib.sha256(how.encode()).hexdigest()[:16]}.npz"
     if not path.exists():
         begin = time.monotonic()
-        search = Search(space=options.space, steps=options.steps)
         key = jax.random.key(options.seed)
         found = invert(generator, params, photos, search=search, key=key, batch=10)
         seconds = time.monotonic() - begin

@@ -23,6 +23,9 @@ from jaxstyle.masks import named_masks, parse_mask
 from jaxstyle.pipeline import write_codes
 from jaxstyle.stylegan2 import Generator, style_rows
 
+# A tenth of a photo's: the reference teaches by what its code draws already.
+PULL = 0.05
+
 
 def digest(paths: Sequence[Path]) -> str:
     """Sixteen hex digits that change when any file does."""
@@ -84,6 +87,7 @@ def inverted(
         search=invert.Search(
             space=options.inversion_space,
             steps=options.inversion_steps,
+            pull=PULL,
             lpips=options.lpips,
         ),
         key=jax.random.fold_in(jax.random.key(options.run.seed), 3),
