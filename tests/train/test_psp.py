@@ -261,8 +261,11 @@ def test_run_validates_keeps_the_best_and_goes_on(
     "flags",
     [
         "--task celebs_sketch_to_face --source DATA --encoder w_plus",
-        "--task celebs_super_resolution --id-lambda 0 --factors 2 4 --encoder w "
-        "--space w",
+        pytest.param(
+            "--task celebs_super_resolution --id-lambda 0 --factors 2 4 --encoder w "
+            "--space w",
+            marks=pytest.mark.slow,
+        ),
         "--data generated --space z_plus --code-lambda 1 --id-lambda 0",
         pytest.param(
             "--task ffhq_frontalize --source DATA --train-decoder",
@@ -287,6 +290,7 @@ def test_tasks_run(flags, base, judge, faces, tmp_path, quick_compile):
     assert change["w_avg"] == 0 and max(change["noise_const"].values()) == 0
 
 
+@pytest.mark.slow
 def test_label_maps_and_restyle(base, faces, tmp_path, quick_compile):
     source = tmp_path / "labels"
     source.mkdir()
@@ -302,6 +306,7 @@ def test_label_maps_and_restyle(base, faces, tmp_path, quick_compile):
     assert np.isfinite(written[-1]["loss"])
 
 
+@pytest.mark.slow
 def test_loss_falls(base, faces, tmp_path):
     flags = ["--data", faces, "--id-lambda", 0, "--lr", 3e-3, "--steps", 40]
     flags += ["--optimizer", "adam"]
