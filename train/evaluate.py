@@ -13,7 +13,8 @@ methods; then held-out heads are inverted and drawn in the style:
 - identity: how often the own truth is nearer (LPIPS) than another head's;
 - style: squared distance of the Gram matrices of AlexNet's features to the
   reference's, relative to the reference's;
-- the time of the training and its peak memory.
+- the time of the whole training, also where an earlier checkpoint of it is drawn, and
+  its peak memory.
 
 `default` is what the weights recommend for themselves, `jojo` the published settings.
 
