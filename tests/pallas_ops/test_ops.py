@@ -173,6 +173,37 @@ def test_large_weight_gradients(monkeypatch):
         assert_near(gradient(ours), gradient(expected), cotangent.size, 10)
 
 
+@pytest.mark.parametrize("name", ["conv2d", "up_conv2d", "downsample_conv2d"])
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_groups_of_samples(monkeypatch, name, samples):
+    """A few samples at a time, plain ones by Winograd's form; two derivatives."""
+    # A shape of its own each time, because traces are kept.
+    x, weight = normal(0, 4, 8, 8 + 2 * samples, 32), normal(1, 3, 3, 32, 33)
+    monkeypatch.setattr(convolution, "GROUP", samples * x.size // 4)
+    calls = []
+    winograd = convolution._winograd
+    monkeypatch.setattr(
+        convolution, "_winograd", lambda x, w: calls.append(len(x)) or winograd(x, w)
+    )
+    ours, expected = getattr(pallas_ops, name), getattr(reference, name)
+    cotangent = normal(2, *jax.eval_shape(expected, x, weight).shape)
+
+    def squared_gradient(f):
+        def norm(x, weight):
+            gradient = jax.grad(lambda x: jnp.sum(jnp.sin(f(x, weight)) * cotangent))(x)
+            return jnp.sum(jnp.square(gradient)), (f(x, weight), gradient)
+
+        return jax.jit(jax.grad(norm, (0, 1), has_aux=True))(x, weight)
+
+    seconds, firsts = squared_gradient(ours)
+    expected_seconds, expected_firsts = squared_gradient(expected)
+    for got, want in zip(firsts, expected_firsts, strict=True):
+        assert_near(got, want, 9 * 33, 25)
+    for got, want in zip(seconds, expected_seconds, strict=True):
+        assert_near(got, want, cotangent.size, 100)
+    assert set(calls) == ({samples} if name == "conv2d" else set())
+
+
 # The originals' numbers (NCHW)
 
 
