@@ -178,7 +178,7 @@ def test_large_weight_gradients(monkeypatch):
 def test_groups_of_samples(monkeypatch, name, samples):
     """A few samples at a time, plain ones by Winograd's form; two derivatives."""
     # A shape of its own each time, because traces are kept.
-    x, weight = normal(0, 4, 8, 8 + 2 * samples, 32), normal(1, 3, 3, 32, 33)
+    x, weight = normal(0, 4, 8, 8 + 2 * samples, 33), normal(1, 3, 3, 33, 32)
     monkeypatch.setattr(convolution, "GROUP", samples * x.size // 4)
     calls = []
     winograd = convolution._winograd
