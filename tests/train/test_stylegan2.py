@@ -118,16 +118,17 @@ def test_path_length_equals_the_original(quick_compile, converted, size):
         return jax.value_and_grad(value, has_aux=True)(params)
 
     (value, (mean, lengths)), grads = penalty(params["generator"], 0.0)
-    # Slopes change at kinks: weights changed by 1e-7 of themselves move this by 2e-4.
-    assert relative_error(lengths, data["pl_lengths"]) < 5e-4
-    assert relative_error(mean, data["pl_mean"]) < 5e-4
-    assert relative_error(value, data["pl_penalty"]) < 1e-3
+    # Slopes change at kinks: weights changed by 1e-7 of themselves move this by 1.4e-4,
+    # and in float64 the stored lengths are 1e-5 off, the penalty 2e-5.
+    assert relative_error(lengths, data["pl_lengths"]) < 3e-4
+    assert relative_error(mean, data["pl_mean"]) < 3e-4
+    assert relative_error(value, data["pl_penalty"]) < 6e-4
     state = generator_state(generator, jax.device_get(grads))
     check_norms(data, "pl_grad", state, 2e-3)
     assert all(not state[k].any() for k in data["pl_keys_without_grad"])
     (value, (mean, _)), _ = penalty(params["generator"], mean)
-    assert relative_error(mean, data["pl_mean2"]) < 5e-4
-    assert relative_error(value, data["pl_penalty2"]) < 1e-3
+    assert relative_error(mean, data["pl_mean2"]) < 3e-4
+    assert relative_error(value, data["pl_penalty2"]) < 6e-4
 
 
 @pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
@@ -170,9 +171,11 @@ def test_iteration_equals_the_original(quick_compile, converted):
     errors = np.abs(losses / data["it_losses"] - 1)
     assert errors[0] < 2e-5
     # From here on rounding shows: Adam's first step is lr times the sign of each
-    # gradient, and slopes change at kinks. Weights changed by 1e-7 of themselves move
-    # these by up to 5e-4 (R1 and G) and 3e-3 (path length).
-    assert errors[1:3].max() < 1e-3, dict(zip(names, errors, strict=True))
+    # gradient, and slopes change at kinks. In float64 this iteration differs from the
+    # stored float32 one by 1e-4 (R1), 1.3e-5 (G) and 1e-3 (path penalty): their own
+    # rounding, of which these are five to ten times.
+    assert errors[1] < 1e-3, dict(zip(names, errors, strict=True))
+    assert errors[2] < 1.3e-4, dict(zip(names, errors, strict=True))
     assert errors[3:].max() < 5e-3, dict(zip(names, errors, strict=True))
     for key, tree in (
         ("g", state.params["generator"]),
