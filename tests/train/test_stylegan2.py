@@ -299,15 +299,16 @@ def test_first_steps_agree_on_one_and_eight_devices(quick_compile):
 
 @pytest.mark.slow
 def test_first_steps_agree_at_64_px():
-    """The median of three draws: among a million activations one may change its slope.
+    """The median of five draws: one of a million activations may change its slope.
 
-    Such a draw is that of key 0: 5e-5 in the generator's gradient, where the other
-    draws have 1e-7.
+    In the draws of keys 0 and 2 rounding does that to one picture of eight, whose
+    gradient changes by 0.4 %, and the generator's whole gradient by 4e-5. Without such
+    a picture the difference is 1e-7.
     """
     real = np.random.default_rng(1).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
     options, modules, state, entries = small(size=64, channels=(32, 32, 32, 16, 8))
     draws = []
-    for seed in (0, 1, 2):
+    for seed in range(5):
         state = state.replace(key=jax.random.key(seed))
         draws.append(device_errors(options, modules, state, entries, real))
     assert len(draws[0]) > 100
