@@ -145,6 +145,7 @@ def measure(case: Case) -> dict[str, Any]:
         use_compilation_cache()
     function, args = (forward_case if case.what == "forward" else jojo_case)(case)
     jax.block_until_ready(args)
+    release_memory()
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     compile_s = time.perf_counter() - start

@@ -136,6 +136,8 @@ def _plain_input(g: Array, weight: Array) -> Array:
 
 
 def _plain_input_cpu(g: Array, weight: Array) -> Array:
+    if g[0].size > 2 * GROUP:  # Winograd's would set a training step's peak memory.
+        return _plain_input(g, weight)
     return _plain_cpu(g, _transposed(jnp.flip(weight, (0, 1))))
 
 

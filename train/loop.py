@@ -217,9 +217,11 @@ def _compile(steps, state, frozen, batch, log):
     """The whole schedule compiled before the first iteration, which says how long.
 
     A step that runs once in many iterations would else stop the run in the middle, and
-    the compiler's memory would add to that of the first step.
+    the compiler's memory would add to that of the first step, as what is left of making
+    the state would add to the compiler's.
     """
     start = time.perf_counter()
+    release_memory()
     compiled = [(every, f.lower(state, frozen, batch).compile()) for every, f in steps]
     release_memory()
     log.say(f"compiled in {time.perf_counter() - start:.1f} s")
