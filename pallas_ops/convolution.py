@@ -136,7 +136,8 @@ def _plain_input(g: Array, weight: Array) -> Array:
 
 
 def _plain_input_cpu(g: Array, weight: Array) -> Array:
-    if g[0].size > 2 * GROUP:  # Winograd's would set a training step's peak memory.
+    # Beyond the cache Winograd's would set a training step's peak memory.
+    if g.size > 2 * GROUP * g.shape[0]:
         return _plain_input(g, weight)
     return _plain_cpu(g, _transposed(jnp.flip(weight, (0, 1))))
 
