@@ -119,14 +119,18 @@ def build_module(config: Mapping[str, Any], where: str) -> nn.Module:
 def resolve(name_or_path: str | os.PathLike) -> Any:
     """The folder a name or path stands for.
 
+    A name that ships with us gives way to a network folder of that name here, but not
+    to a folder of anything else: `heads` is also a likely name for pictures.
+
     Raises:
       UserError: nothing there; the message lists the names that ship with us.
     """
     text = os.fspath(name_or_path)
     path = epath.Path(text)
-    if "/" not in text and not path.exists() and (ASSETS / text).is_dir():
+    is_network = (path / "config.json").exists()
+    if "/" not in text and not is_network and (ASSETS / text).is_dir():
         return epath.Path(ASSETS / text)
-    if not (path / "config.json").exists():
+    if not is_network:
         known = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
         what = "has no config.json" if path.exists() else "does not exist"
         raise UserError(

@@ -2,8 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 
 from jaxstyle import weights
+from jaxstyle.errors import UserError
 from jaxstyle.stylegan2 import Generator
 
 
@@ -24,3 +26,14 @@ def test_vendored_folders_load():
     for config in weights.ASSETS.glob("*/config.json"):
         model, params = weights.load(config.parent.name)
         assert set(model) == set(params)
+
+
+def test_a_folder_of_pictures_does_not_hide_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = weights.ASSETS / "heads"
+    (tmp_path / "heads").mkdir()
+    assert str(weights.resolve("heads")) == str(shipped)
+    (tmp_path / "heads" / "config.json").write_text("{}")
+    assert str(weights.resolve("heads")) == "heads"
+    with pytest.raises(UserError, match="does not exist.*heads"):
+        weights.resolve("nothing")
