@@ -299,7 +299,7 @@ def test_first_steps_agree_on_one_and_eight_devices(quick_compile):
 
 @pytest.mark.slow
 def test_first_steps_agree_at_64_px():
-    """The median of five draws: one of a million activations may change its slope.
+    """Losses of every draw, gradient norms of most: a slope may change at a kink.
 
     In the draws of keys 0 and 2 rounding does that to one picture of eight, whose
     gradient changes by 0.4 %, and the generator's whole gradient by 4e-5. Without such
@@ -312,8 +312,11 @@ def test_first_steps_agree_at_64_px():
         state = state.replace(key=jax.random.key(seed))
         draws.append(device_errors(options, modules, state, entries, real))
     assert len(draws[0]) > 100
-    for name in draws[0]:
-        assert np.median([errors[name] for errors in draws]) <= 1, name
+    for step, value in draws[0]:
+        found = [errors[step, value] for errors in draws]
+        is_norm = value == "norm" or value.startswith("[")
+        assert np.median(found) <= 1, (step, value)
+        assert max(found) <= (10 if is_norm else 1), (step, value)
 
 
 def test_runs_agree_on_one_and_eight_devices_and_resume(
