@@ -156,6 +156,25 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
     }
 
 
+def scale(folder: Path, program: str) -> dict[str, list[int]]:
+    """XLA's own convolutions counted both ways, which must agree.
+
+    Returns:
+      By name, the cycles that XLA estimates and those that counting it like a kernel
+      gives; without those that do not wait for the matrix units.
+    """
+    found = {}
+    for line in program[program.index("\nENTRY") :].splitlines():
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if "kind=kOutput" in line and "COST_MODEL_TYPE_CLASSIC" in line and cycles:
+            name = re.search(r"%([\w.-]+) =", line)[1]
+            with contextlib.suppress(RuntimeError):
+                op = read_kernel(folder, name)
+                if op.matmul_rows > op.bundles:
+                    found[name] = [int(cycles[1]), op.turns * op.matmul_rows]
+    return found
+
+
 def floors(layer: str, table: dict, batch: int, chip: str) -> tuple[float, float]:
     """Least ms of a layer's forward pass by arithmetic and by memory traffic.
 
@@ -254,7 +273,14 @@ def program(size: int, batch: int, layer: str, direction: str, implementation: s
     return both, (array(*out.shape, dtype=out.dtype), *args)
 
 
-def measure(folder: Path, topology: str, size: int, batch: int, *what: str) -> dict:
+def measure(
+    folder: Path,
+    programs: Path | None,
+    topology: str,
+    size: int,
+    batch: int,
+    *what: str,
+) -> dict:
     """One record; `what` is layer, direction and implementation."""
     import jax
     import numpy as np
@@ -284,7 +310,12 @@ def measure(folder: Path, topology: str, size: int, batch: int, *what: str) -> d
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), args
             )
             compiled = jax.jit(function).lower(*args).compile()
-        record |= estimate(folder, compiled.as_text(), chip)
+        text = compiled.as_text()
+        if programs:
+            name = "-".join(str(record[k]) for k in KEYS).replace(":", "-")
+            (programs / f"{name}.txt").write_text(text)
+        record |= estimate(folder, text, chip)
+        record["scale"] = scale(folder, text)
         memory = compiled.memory_analysis()
         record["peak_bytes"] = memory.peak_memory_in_bytes
         record["temp_bytes"] = memory.temp_size_in_bytes
@@ -317,6 +348,66 @@ def line(record: dict) -> str:
     )
 
 
+def tables(records: list[dict]) -> str:
+    """Markdown: a table of every whole synthesis and one of the layers of each chip."""
+    from jaxstyle.stylegan2 import channel_table
+
+    by_key = {tuple(r[k] for k in KEYS): r for r in records}
+
+    def cell(key, *what) -> str:
+        found = by_key.get((*key, *what))
+        if found is None:
+            return ""
+        if found["ms"] is None:
+            return "refused"
+        return f"{found['ms']:.2f}"
+
+    def pair(key, direction) -> list[str]:
+        xla, kernels = (cell(key, direction, i) for i in ("xla", "pallas"))
+        ratio = ""
+        if {xla, kernels}.isdisjoint({"", "refused"}):
+            ratio = f"{float(xla) / float(kernels):.1f}"
+        return [xla, kernels, ratio]
+
+    def row(cells) -> str:
+        return f"| {' | '.join(str(c) for c in cells)} |"
+
+    def table(head, rows) -> list[str]:
+        return [row(head), row(["---"] * len(head)), *map(row, rows), ""]
+
+    keys = dict.fromkeys(k[:4] for k in by_key)
+    rows = []
+    for key in sorted(k for k in keys if k[3] == "total"):
+        for direction in ("forward", "forward+backward"):
+            found = by_key.get((*key, direction, "pallas"))
+            if found is None:
+                continue
+            temporaries = found.get("temp_bytes")
+            rows.append(
+                [*key[:3], direction, *pair(key, direction)]
+                + [f"{found[f'{f}_floor_ms']:.2f}" for f in ("mxu", "hbm")]
+                + ["" if temporaries is None else f"{temporaries / 2**30:.2f}"]
+            )
+    head = "chips | size | batch | direction | XLA, ms | kernels, ms | times"
+    head += " | MXU floor | HBM floor | temporaries, GiB"
+    lines = table(head.split(" | "), rows)
+    for topology, size, batch in sorted({k[:3] for k in keys if k[3] != "total"}):
+        lines += [f"{topology}, {size} px, batch {batch}:", ""]
+        head = ["layer", "forward: XLA, ms", "kernel, ms", "times", "MXU floor"]
+        head += ["HBM floor", "forward + backward: XLA, ms", "kernel, ms", "times"]
+        rows = []
+        for layer in layer_names(size):
+            key = topology, size, batch, layer
+            if key in keys:
+                chip = topology.split(":")[0]
+                floor = floors(layer, channel_table(size), batch, chip)
+                floor = [f"{ms:.2f}" for ms in floor]
+                forward = pair(key, "forward")
+                rows.append([layer, *forward, *floor, *pair(key, "forward+backward")])
+        lines += table(head, rows)
+    return "\n".join(lines)
+
+
 def options(argv: list[str]) -> argparse.Namespace:
     """The command line."""
 
@@ -335,6 +426,8 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--directions", type=words, default=["forward", "forward+backward"])
     add("--implementations", type=words, default=["xla", "pallas"])
     add("--json", type=Path, help="records, kept and refreshed")
+    add("--tables", action="store_true", help="print those of --json, and no more")
+    add("--programs", type=Path, help="a folder for the compiled programs' texts")
     return parser.parse_args(argv)
 
 
@@ -350,6 +443,11 @@ def main(argv: list[str] | None = None) -> None:
         records = {
             tuple(r[k] for k in KEYS): r for r in json.loads(chosen.json.read_text())
         }
+    if chosen.tables:
+        print(tables(list(records.values())))
+        return
+    if chosen.programs:
+        chosen.programs.mkdir(parents=True, exist_ok=True)
     with dumps() as folder:
         for topology, size, batch in itertools.product(
             chosen.topology, chosen.size, chosen.batch
@@ -358,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
             for what in itertools.product(
                 layers, chosen.directions, chosen.implementations
             ):
-                record = measure(folder, topology, size, batch, *what)
+                record = measure(folder, chosen.programs, topology, size, batch, *what)
                 print(line(record), flush=True)
                 records[tuple(record[k] for k in KEYS)] = record
                 if chosen.json:
