@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxstyle import inputs
 from jaxstyle.errors import UserError
 from tests.filled import golden
 from train import transforms
@@ -18,8 +19,8 @@ def picture():
 def test_shrinking_equals_the_original(picture, factor):
     expected = golden("psp_transforms")
     kernel = expected[f"kernel_{factor}"]
-    np.testing.assert_allclose(transforms.bicubic_kernel(factor), kernel, atol=1e-7)
-    small = transforms.shrink(picture, factor)
+    np.testing.assert_allclose(inputs.bicubic_kernel(factor), kernel, atol=1e-7)
+    small = inputs.shrink(picture, factor)
     assert small.shape == (256 // factor, 256 // factor, 3)
     if factor == 1:
         return
@@ -43,10 +44,10 @@ def test_enlarging_equals_the_original(picture):
 
 def test_one_hot_equals_the_original():
     expected = golden("psp_transforms")
-    got = transforms.one_hot(expected["onehot_in"], 19)
+    got = inputs.one_hot(expected["onehot_in"], 19)
     np.testing.assert_array_equal(got, expected["onehot_out"])
-    with pytest.raises(UserError, match="class 19; --classes is 19"):
-        transforms.one_hot(np.array([[19]], np.uint8), 19)
+    with pytest.raises(UserError, match="class 19; there are 19 classes"):
+        inputs.one_hot(np.array([[19]], np.uint8), 19)
 
 
 def test_examples(picture):
