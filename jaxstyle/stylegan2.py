@@ -18,7 +18,7 @@ A w+ row drives a convolution, or a to-RGB and the up-convolution after it: 18 r
 but 26 modulated layers at 1024.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -301,6 +301,7 @@ def synthesis(
     blend: Params | None = None,
     blend_styles: Sequence[Array] | None = None,
     blend_weights: Array | None = None,
+    transform: Callable[[str, Array], Array] | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Style vectors to a picture.
@@ -311,12 +312,15 @@ def synthesis(
 
     Args:
       params: the `synthesis` parameters (A).
-      styles: one [batch, in_channels] a modulated layer, in execution order.
+      styles: one [batch, in_channels] a modulated layer, in execution order; those of
+        the first resolutions alone give their smaller picture.
       noise: planes by layer name; see `noise_planes`.
       dtype: of the convolutions; the picture is float32.
       blend: `synthesis` parameters of the same architecture (B).
       blend_styles: B's style vectors.
       blend_weights: [num_layers], a_i from 0 (A) to 1 (B).
+      transform: maps a layer's name and output [batch, r, r, channels] to what the
+        following layers see of it, for every layer but the to-RGBs.
       implementation: of the 3×3 convolutions; see `modulated_conv2d`.
 
     Returns:
@@ -359,6 +363,8 @@ def synthesis(
             )
         y = mixed(i, lambda p, s, i=i, n=name, x=x, f=layer: f(p[n], x, s[i]))
         if not name.startswith("rgb"):
+            if transform is not None:
+                y = pack(transform(name, unpack(y, after)), after)
             x, packing = y, after
             features[name] = unpack(x, packing)
             continue
