@@ -8,6 +8,9 @@ Chong and Forsyth, "JoJoGAN: One Shot Face Stylization", arXiv 2112.11641.
    modulated layer (published code: rows 0-6 stay the reference's).
 3. theta = argmin mean_i L(G(s_i; theta), y), L the L1 distance of discriminator
    features: every picture of the family is to look like y.
+4. `--id-lambda`: + lambda mean_i (1 - cos(F(G(s_i; theta)), F(G(s_i; theta_0)))), the
+   identity loss, F an identity network and theta_0 the base: whose face it is shall
+   survive. (In the paper alone, which gives no weight; the published code has none.)
 
     python -m train.jojo --ref art.png
     python -m jaxstyle.stylize me.jpg
@@ -38,6 +41,7 @@ from jax.sharding import PartitionSpec as P
 from jaxstyle import weights
 from jaxstyle.align import AlignOptions
 from jaxstyle.errors import UserError, cli
+from jaxstyle.features import judges
 from jaxstyle.features.lpips import feature_distance
 from jaxstyle.invert import for_lpips
 from jaxstyle.masks import parse_mask, preserve_color_mask
@@ -101,8 +105,14 @@ class Options:
     perceptual: Literal["discriminator", "lpips"] = "discriminator"
     """Features to compare: the discriminator's, or LPIPS (the code's first release;
     also the way out when the weights hold no discriminator)."""
-    lpips: str = "lpips_alexnet"
-    """LPIPS weights."""
+    perceptual_net: str = ""
+    """LPIPS network, of `--perceptual lpips` and of the reference's inversion; empty:
+    LPIPS-AlexNet (the first release had LPIPS-VGG)."""
+    id_lambda: float = 0.0
+    """Weight of the identity loss between what the base and the trained generator draw
+    of the same mixed code."""
+    identity_net: str = ""
+    """Identity network; empty: weights/arcface if there, else the one that ships."""
     lr: float = 2e-3
     """Adam's learning rate (betas 0 and 0.99)."""
     noise_mode: Literal["random", "const", "none"] = "random"
@@ -144,6 +154,20 @@ def distances(options: Options, params: Any, a: list[Array], b: list[Array]) -> 
     return jnp.mean(jnp.stack(per_tap), 0).astype(jnp.float32)
 
 
+def identity_loss(judge: Any, params: Any, made: Array, base: Array) -> Array:
+    """1 - cosine [batch] of the embeddings of two generators' pictures.
+
+    Args:
+      judge: identity network.
+      params: its parameters.
+      made: pictures [batch, size, size, 3] of the generator that learns.
+      base: those of the base; no gradient flows into them.
+    """
+    base = jax.lax.stop_gradient(base)
+    a, b = (judge.apply({"params": params}, x, method="embed") for x in (made, base))
+    return 1 - jnp.sum(a * b, -1)
+
+
 def loss_fn(
     params: Any,
     frozen: Mapping[str, Any],
@@ -156,19 +180,25 @@ def loss_fn(
     keep: np.ndarray,
     noise: Any,
     key: Array | None = None,
-) -> Array:
-    """Mean distance of the mixed pictures to their references.
+    identity: Any = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Mean distance of the mixed pictures to their references, and identity loss.
 
     Args:
       params: the generator that learns.
-      frozen: `judge`, and `affine` (the base's) for `--mask-space s`.
+      frozen: `judge`; `affine` (the base's) for `--mask-space s`; `base` and `identity`
+        for `--id-lambda`.
       reference: `codes` [refs, num_layers, w_dim] and `features` of the pictures.
       z: [refs * mixes, z_dim], the mixes of a reference in a row.
       options: of the scheme.
       generator, judge: modules.
       keep: share of the reference's code, [num_layers].
       noise: as in `Generator`.
-      key: one key a picture, for random noise.
+      key: one key a picture, for random noise; both generators draw with it.
+      identity: module, for `--id-lambda`.
+
+    Returns:
+      The loss [], and its terms where there are several.
     """
     mixes = z.shape[0] // reference["codes"].shape[0]
 
@@ -187,16 +217,29 @@ def loss_fn(
         drawn = style_vectors(frozen["affine"], jnp.broadcast_to(w, codes.shape))
         pairs = zip(keep, kept, drawn, strict=True)
         mixed, space = tuple(k * a + (1 - k) * b for k, a, b in pairs), "styles"
-    image, _ = generator.apply(
-        {"params": params}, mixed, space=space, noise=noise, key=key
-    )
+
+    def draw(params):
+        variables = {"params": params}
+        return generator.apply(variables, mixed, space=space, noise=noise, key=key)[0]
+
+    image = draw(params)
     fake = describe(options, judge, frozen["judge"], image)
     real = [repeated(f) for f in reference["features"]]
-    return jnp.mean(distances(options, frozen["judge"], fake, real))
+    loss = jnp.mean(distances(options, frozen["judge"], fake, real))
+    if not options.id_lambda:
+        return loss, {}
+    apart = identity_loss(identity, frozen["identity"], image, draw(frozen["base"]))
+    terms = {"perceptual": loss, "id": jnp.mean(apart)}
+    return loss + options.id_lambda * terms["id"], terms
 
 
 def make_step(
-    options: Options, generator: Generator, judge: Any, tx: Any, keep: np.ndarray
+    options: Options,
+    generator: Generator,
+    judge: Any,
+    tx: Any,
+    keep: np.ndarray,
+    identity: Any = None,
 ):
     """The step of the scheme; with `separate`, one for all styles side by side."""
 
@@ -211,7 +254,7 @@ def make_step(
             z = sharding.sample_normal(
                 jax.random.fold_in(key, 0), batch, generator.z_dim
             )
-        loss, grads = jax.value_and_grad(loss_fn)(
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params,
             frozen,
             reference,
@@ -222,26 +265,27 @@ def make_step(
             keep=keep,
             noise=options.noise_mode,
             key=sharding.sample_keys(jax.random.fold_in(key, 1), batch),
+            identity=identity,
         )
         params, opt_state = optim.apply(tx, grads, opt_state, params)
-        return params, opt_state, loss
+        return params, opt_state, {"loss": loss} | terms
 
     def step(state: TrainState, frozen: Any, _: Any) -> tuple[TrainState, dict]:
         params, opt_state = state.params["generator"], state.opt_state["generator"]
         if options.separate:
             count = len(options.ref)
             keys = sharding.sample_keys(state.key, count)
-            params, opt_state, losses = jax.vmap(
+            params, opt_state, values = jax.vmap(
                 one, in_axes=(0, 0, 0, 0, None, None), spmd_axis_name="style"
             )(params, opt_state, frozen["reference"], keys, state.step, frozen)
-            metrics = {"loss": jnp.mean(losses)} | {
-                f"loss/{name}": losses[i] for i, name in enumerate(names(options))
+            metrics = {name: jnp.mean(value) for name, value in values.items()} | {
+                f"loss/{name}": values["loss"][i]
+                for i, name in enumerate(names(options))
             }
         else:
-            params, opt_state, loss = one(
+            params, opt_state, metrics = one(
                 params, opt_state, frozen["reference"], state.key, state.step, frozen
             )
-            metrics = {"loss": loss}
         state = state.replace(
             params={"generator": params}, opt_state={"generator": opt_state}
         )
@@ -261,7 +305,7 @@ def sharding_rules(options: Options) -> tuple:
     if not options.separate:
         return sharding.RULES
     return (
-        (r"^(step|key|frozen/(judge|affine|preview))", P()),
+        (r"^(step|key|frozen/(judge|affine|base|identity|preview))", P()),
         (r"", P("style")),
     )
 
@@ -308,6 +352,7 @@ def frozen_of(
     judge_params: Any,
     pictures: Array,
     codes: Array,
+    identity_params: Any = None,
 ) -> dict[str, Any]:
     """What a run never changes: judge, references, what the sample grids show.
 
@@ -318,6 +363,7 @@ def frozen_of(
       judge, judge_params: the network whose features the loss compares.
       pictures: aligned references [refs, size, size, 3].
       codes: theirs, [refs, num_layers, w_dim].
+      identity_params: of the identity network, for `--id-lambda`.
     """
     features = jax.jit(lambda p, x: describe(options, judge, p, x))(
         judge_params, pictures
@@ -349,6 +395,9 @@ def frozen_of(
             name: {"affine": base["synthesis"][name]["affine"]}
             for name in generator.layer_names
         }
+    if options.id_lambda:
+        drawing = {name: base[name] for name in ("synthesis", "noise_const")}
+        frozen |= {"base": drawing, "identity": identity_params}
     return frozen
 
 
@@ -372,8 +421,8 @@ def load_judge(options: Options, model: Any, params: Any) -> tuple[Any, Any]:
       UserError: the weights hold no discriminator, or one of another size.
     """
     if options.perceptual == "lpips":
-        judge, judge_params = weights.load(options.lpips)
-        return judge["lpips"].clone(dtype=options.run.dtype), judge_params["lpips"]
+        judge = judges.choose("perceptual", options.perceptual_net, options.run.dtype)
+        return judge.module, judge.params
     if "discriminator" not in model:
         raise UserError(
             f"--weights {options.weights} hold no discriminator, whose features are "
@@ -385,6 +434,7 @@ def load_judge(options: Options, model: Any, params: Any) -> tuple[Any, Any]:
             f"--weights {options.weights} hold a {judge.size} px discriminator for a "
             f"{model['generator'].size} px generator; use --perceptual lpips"
         )
+    print(f"perceptual judge: discriminator of {options.weights} (the published one)")
     return judge.clone(dtype=options.run.dtype), params["discriminator"]
 
 
@@ -434,6 +484,8 @@ def resolve(options: Options) -> Options:
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
                 f"at least {low}"
             )
+    if options.id_lambda < 0:
+        raise UserError(f"--id-lambda is {options.id_lambda}; it must not be negative")
     batch = len(options.ref) * options.mixes
     if options.run.batch not in (RunOptions.batch, batch):
         raise UserError(
@@ -457,6 +509,11 @@ def main(args: list[str] | None = None) -> None:
         references.preview(options, generator, base)
         return
     judge, judge_params = load_judge(options, model, params)
+    identity_net, identity_params = None, None
+    if options.id_lambda:
+        _, identity_net, identity_params = judges.choose(
+            "identity", options.identity_net, options.run.dtype
+        )
     metadata = {
         "scheme": "jojo",
         "base": options.weights,
@@ -467,15 +524,26 @@ def main(args: list[str] | None = None) -> None:
     identity = {
         "reference": references.digest(options.ref),
         "weights": weights.digest(params),
+        "judges": weights.digest([judge_params, identity_params]),
     }
     check_folder(options, metadata, identity)
     pictures, codes = references.prepare(options, generator, base)
+    frozen = frozen_of(
+        options,
+        generator,
+        base,
+        judge,
+        judge_params,
+        pictures,
+        codes,
+        identity_params,
+    )
     tx = optim.frozen(optim.adam(options.lr), NOT_TRAINED)
     fit(
         options,
         start_state(options, base, tx),
-        frozen_of(options, generator, base, judge, judge_params, pictures, codes),
-        [(1, make_step(options, generator, judge, tx, keep))],
+        frozen,
+        [(1, make_step(options, generator, judge, tx, keep, identity_net))],
         None,
         networks={"generator": generator},
         mesh=mesh,

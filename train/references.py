@@ -88,7 +88,7 @@ def inverted(
             space=options.inversion_space,
             steps=options.inversion_steps,
             pull=PULL,
-            lpips=options.lpips,
+            lpips=options.perceptual_net or invert.Search.lpips,
         ),
         key=jax.random.fold_in(jax.random.key(options.run.seed), 3),
         progress=jax.process_index() == 0,

@@ -13,9 +13,11 @@ import pytest
 import convert
 from convert import pt
 from convert.stylegan2 import generator_state
-from jaxstyle import weights
+from jaxstyle import images, weights
 from jaxstyle.errors import UserError
+from jaxstyle.features.identity import ArcFace
 from jaxstyle.stylegan2 import Discriminator, Generator, style_rows
+from tests import small_models
 from tests.filled import (
     filled_state_dict,
     golden,
@@ -88,7 +90,8 @@ def parity(original, run, steps):
                 judge=judge,
                 keep=keep,
                 noise="const",
-            )
+            ),
+            has_aux=True,
         )
     )
     tx = optimizer(options)
@@ -97,7 +100,7 @@ def parity(original, run, steps):
     update = jax.jit(lambda g, s, p: optim.apply(tx, g, s, p))
     for i in range(steps):
         z = input_array(f"finetune_z_{i}", (count, 512))
-        loss, grads = grad(current, frozen, reference, z)
+        (loss, _), grads = grad(current, frozen, reference, z)
         expected = data[f"{run}/loss"][i]
         assert abs(loss - expected) < (2e-5 if i == 0 else 1e-3) * expected
         current, opt_state = update(grads, opt_state, current)
@@ -166,6 +169,7 @@ def test_1024_equals_the_original(original, run, steps):
 
 GENERATOR = Generator(8, channels=(8, 8), mapping_depth=1, z_dim=16, w_dim=16)
 JUDGE = Discriminator(8, channels=(8, 8))
+IDENTITY = ArcFace(16, units=(1, 1), channels=(4, 8), se_ratio=2, width=8)
 # Of the five layers at 8 px the published rows would keep all.
 MASK = "11000"
 
@@ -186,10 +190,26 @@ def small_run(
     key = jax.random.key(3)
     pictures = jnp.tanh(jax.random.normal(key, (refs, 8, 8, 3)))
     codes = jax.random.normal(key, (refs, len(GENERATOR.layer_names), 16))
-    frozen = jojo.frozen_of(options, generator, base, judge_net, judge, pictures, codes)
+    identity, identity_params = None, None
+    if options.id_lambda:
+        identity = IDENTITY.clone(dtype=dtype)
+        identity_params = IDENTITY.init_params(key=jax.random.key(4))
+    frozen = jojo.frozen_of(
+        options,
+        generator,
+        base,
+        judge_net,
+        judge,
+        pictures,
+        codes,
+        identity_params,
+    )
+    if options.id_lambda:
+        # As later in a training: at its start both draw the same, and the loss is 0.
+        frozen["base"] = GENERATOR.init_params(key=jax.random.key(5))
     tx = optimizer(options)
     state = jojo.start_state(options, base, tx)
-    step = jojo.make_step(options, generator, judge_net, tx, keep)
+    step = jojo.make_step(options, generator, judge_net, tx, keep, identity)
     mesh = make_mesh(style=style, devices=jax.devices()[:devices])
     metrics = []
     with jax.set_mesh(mesh):
@@ -208,12 +228,17 @@ def gradient_norm(state):
     return float(optax.tree.norm(moment))
 
 
-def test_one_and_eight_devices_agree():
-    one, first = small_run(mixes=8)
-    eight, other = small_run(mixes=8, devices=8)
-    assert abs(first[0]["loss"] - other[0]["loss"]) < 1e-5 * first[0]["loss"]
+@pytest.mark.parametrize("id_lambda", [0.0, 1.0])
+def test_one_and_eight_devices_agree(id_lambda):
+    one, first = small_run(mixes=8, id_lambda=id_lambda)
+    eight, other = small_run(mixes=8, devices=8, id_lambda=id_lambda)
+    assert first[0].keys() == other[0].keys() and ("id" in first[0]) == (id_lambda > 0)
+    for name, value in first[0].items():
+        assert abs(value - other[0][name]) < 1e-5 * value
     norm = gradient_norm(one)
     assert norm > 0 and abs(norm - gradient_norm(eight)) < 1e-5 * norm
+    if id_lambda:
+        return
     _, first = small_run(mixes=8, steps=5)
     _, other = small_run(mixes=8, steps=5, devices=8)
     assert abs(first[-1]["loss"] - other[-1]["loss"]) < 1e-3 * first[-1]["loss"]
@@ -290,9 +315,123 @@ def test_bfloat16_trains():
     assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
 
 
-def test_lpips_stands_in_for_the_discriminator():
+# The identity loss
+
+
+def both_losses(mask_space):
+    """The loss with and without its identity term, and what it is made of."""
+    options = jojo.Options(
+        ref=(Path("0.png"),), mask="01101", id_lambda=0.3, mask_space=mask_space
+    )
+    trained, base = (GENERATOR.init_params(key=jax.random.key(i)) for i in (1, 5))
+    base = {**base, "mapping": trained["mapping"]}
+    judge = JUDGE.init_params(key=jax.random.key(2))
+    identity = IDENTITY.init_params(key=jax.random.key(4))
+    key = jax.random.key(3)
+    codes = jax.random.normal(key, (1, len(GENERATOR.layer_names), 16))
+    pictures = jnp.tanh(jax.random.normal(key, (1, 8, 8, 3)))
+    frozen = jojo.frozen_of(
+        options, GENERATOR, base, JUDGE, judge, pictures, codes, identity
+    )
+    z = jax.random.normal(jax.random.fold_in(key, 1), (2, 16))
+    reference = frozen.pop("reference")
+
+    def loss(params, frozen, weight):
+        return jojo.loss_fn(
+            params,
+            frozen,
+            reference,
+            z,
+            options=dataclasses.replace(options, id_lambda=weight),
+            generator=GENERATOR,
+            judge=JUDGE,
+            keep=jojo.keep_weights(options, 8),
+            noise="none",
+            identity=IDENTITY,
+        )
+
+    return loss, trained, base, frozen, codes, z
+
+
+@pytest.mark.parametrize("mask_space", ["w", "s"])
+def test_identity_loss_equals_its_formula(mask_space):
+    loss, trained, base, frozen, codes, z = both_losses(mask_space)
+    plain, nothing = loss(trained, frozen, 0.0)
+    value, terms = loss(trained, frozen, 0.3)
+    w = GENERATOR.apply({"params": trained}, z, method="mapping")
+    mask = np.array([0, 1, 1, 0, 1])[:, None]
+    mixed = mask * codes + (1 - mask) * w[:, None]
+    affine = base if mask_space == "s" else trained
+    styles = [
+        mixed[:, i] @ a["weight"] / 4 + a["bias"]
+        for i, a in enumerate(
+            affine["synthesis"][name]["affine"] for name in GENERATOR.layer_names
+        )
+    ]
+    made, _ = GENERATOR.apply({"params": trained}, styles, space="styles", noise="none")
+    drawn, _ = GENERATOR.apply({"params": base}, mixed, space="w_layers", noise="none")
+    variables = {"params": frozen["identity"]}
+    a, b = (
+        np.asarray(IDENTITY.apply(variables, x, method="embed")) for x in (made, drawn)
+    )
+    cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    assert not nothing and abs(terms["perceptual"] - plain) < 1e-6
+    assert 0.01 < terms["id"] and abs(terms["id"] - (1 - cosine).mean()) < 1e-5
+    assert abs(value - (plain + 0.3 * terms["id"])) < 1e-6
+
+
+def test_identity_loss_teaches_the_trained_generator_alone():
+    loss, trained, _, frozen, *_ = both_losses("w")
+    grad = jax.jit(jax.grad(lambda p, f: loss(p, f, 0.3)[1]["id"], (0, 1)))
+    learned, given = grad(trained, frozen)
+    assert all((g == 0).all() for g in jax.tree.leaves(given["base"]))
+    for name, part in learned.items():
+        moves = [bool((g != 0).any()) for g in jax.tree.leaves(part)]
+        assert any(moves) == (name == "synthesis")
+
+
+def test_styles_side_by_side_with_the_identity_loss():
+    _, (metrics,) = small_run(refs=2, separate=True, devices=2, style=2, id_lambda=0.5)
+    assert set(metrics) == {"loss", "loss/0", "loss/1", "perceptual", "id"}
+    expected = metrics["perceptual"] + 0.5 * metrics["id"]
+    assert metrics["id"] > 0.01 and abs(metrics["loss"] - expected) < 1e-5
+
+
+def test_a_run_with_an_identity_loss_goes_on(tmp_path, capsys):
+    base = small_models.save_base(tmp_path / "base")
+    judge = {"identity": IDENTITY.init_params(key=jax.random.key(0))}
+    weights.save(tmp_path / "judge", {"identity": IDENTITY}, judge)
+    ref = tmp_path / "art.png"
+    images.save_image(ref, np.asarray(picture("art", 1, 16))[0])
+    args = ["--ref", ref, "--no-align", "--weights", base, "--inversion", "mean"]
+    args += ["--mask", "0-3", "--id-lambda", 0.5, "--identity-net", tmp_path / "judge"]
+    args += ["--log-every", 1, "--sample-every", 0]
+
+    def trained(name, *steps):
+        for n in steps:
+            out = [*args, "--out", tmp_path / name, "--steps", n]
+            jojo.main([str(a) for a in out])
+        return weights.load(str(tmp_path / name))[1]
+
+    straight, resumed = trained("straight", 4), trained("resumed", 2, 4)
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    assert "named by --identity-net" in capsys.readouterr().out
+    lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert abs(ids[0]) < 1e-6 < ids[-1]
+    other = IDENTITY.init_params(key=jax.random.key(1))
+    weights.save(
+        tmp_path / "judge", {"identity": IDENTITY}, {"identity": other}, overwrite=True
+    )
+    with pytest.raises(SystemExit):
+        trained("straight", 6)
+    assert "another judges" in capsys.readouterr().err
+
+
+def test_lpips_stands_in_for_the_discriminator(capsys):
     options = jojo.Options(ref=(Path("a.png"),), perceptual="lpips")
     judge, params = jojo.load_judge(options, {}, {})
+    assert "perceptual judge: lpips_alexnet" in capsys.readouterr().out
     pictures = picture("imgA", 1, 16), picture("imgB", 1, 16)
     a, b = (jojo.describe(options, judge, params, x) for x in pictures)
     assert float(jojo.distances(options, params, a, a)[0]) == 0
@@ -317,9 +456,14 @@ def test_masks_and_alpha_are_checked():
         jojo.keep_weights(dataclasses.replace(options, mask="0110"), 64)
     with pytest.raises(UserError, match="is not a file"):
         jojo.resolve(options)
+    with pytest.raises(UserError, match="--perceptual-net is 'heads'"):
+        lpips = dataclasses.replace(options, perceptual="lpips", perceptual_net="heads")
+        jojo.load_judge(lpips, {}, {})
     here = dataclasses.replace(options, ref=(Path(__file__),))
     with pytest.raises(UserError, match="use --mixes"):
         jojo.resolve(dataclasses.replace(here, run=RunOptions(batch=3)))
+    with pytest.raises(UserError, match="--id-lambda is -1"):
+        jojo.resolve(dataclasses.replace(here, id_lambda=-1.0))
     assert jojo.resolve(here).run.out == "runs/jojo-test_jojo"
 
 
