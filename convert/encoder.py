@@ -77,9 +77,31 @@ def trunk_table(blocks: int, shortcuts: set[int]) -> Table:
     return table
 
 
+def resnet_trunk_table(blocks: int, shortcuts: set[int]) -> Table:
+    """Names of ReStyle's trunk of torchvision blocks; see `trunk_table`."""
+    table: Table = {"conv1.weight": (("input", "conv"), "conv")}
+    add_norm(table, "bn1", ("input", "norm"))
+    table["relu.weight"] = ("input", "slope"), "vector"
+    for i in range(blocks):
+        key, name = f"body.{i}", f"body_{i}"
+        for n in (1, 2):
+            table[f"{key}.conv{n}.weight"] = (name, f"conv{n}"), "conv"
+            add_norm(table, f"{key}.bn{n}", (name, f"norm{n}"))
+        if i in shortcuts:
+            path = (name, "shortcut")
+            table[f"{key}.downsample.0.weight"] = (*path, "conv"), "conv"
+            add_norm(table, f"{key}.downsample.1", (*path, "norm"))
+    return table
+
+
+TRUNKS = {"ir_se": trunk_table, "resnet": resnet_trunk_table}
+
+
 def trunk_fields(state: Mapping[str, Any]) -> tuple[dict[str, Any], int, set[int]]:
-    """Fields of an IR-SE trunk, its number of blocks and of those with a shortcut."""
+    """Fields of a trunk, its number of blocks and of those with a shortcut."""
     blocks = max(highest(state, r"body\.(\d+)\.", 200) + 1, 1)
+    if "body.0.conv1.weight" in state:
+        return _resnet_fields(state, blocks)
     shortcuts = {
         i for i in range(blocks) if f"body.{i}.shortcut_layer.0.weight" in state
     }
@@ -101,17 +123,34 @@ def trunk_fields(state: Mapping[str, Any]) -> tuple[dict[str, Any], int, set[int
     return fields, blocks, shortcuts
 
 
+def _resnet_fields(state, blocks):
+    shortcuts = {i for i in range(blocks) if f"body.{i}.downsample.0.weight" in state}
+    missing = [k for k in resnet_trunk_table(blocks, shortcuts) if k not in state]
+    if missing:
+        raise UserError(f"missing keys of the trunk: {listed(missing)}")
+    starts = sorted({0} | shortcuts)
+    channels = tuple(shape(state, f"body.{i}.conv2.weight", 4)[0] for i in starts)
+    fields = {
+        "in_channels": shape(state, "conv1.weight", 4)[1],
+        "units": tuple(np.diff([*starts, blocks]).tolist()),
+        "channels": channels,
+        "blocks": "resnet",
+    }
+    return fields, blocks, shortcuts
+
+
 def encoder_table(
-    blocks: int, shortcuts: set[int], head_convs: list[int], laterals: int
+    kind: str, blocks: int, shortcuts: set[int], head_convs: list[int], laterals: int
 ) -> Table:
     """Names of an encoder.
 
     Args:
+      kind: of the blocks, see `TRUNKS`.
       blocks, shortcuts: see `trunk_table`.
       head_convs: convolutions of each row's head; empty for the W baselines.
       laterals: maps that join the pyramid from below.
     """
-    table = trunk_table(blocks, shortcuts)
+    table = TRUNKS[kind](blocks, shortcuts)
     for k in range(1, laterals + 1):
         add_layer(table, f"latlayer{k}", (f"lateral_{k}",), "conv")
     for row, convs in enumerate(head_convs):
@@ -124,9 +163,8 @@ def encoder_table(
 
 def is_encoder(state: Mapping[str, Any]) -> bool:
     """Whether a bare state dict is that of an encoder."""
-    return "input_layer.0.weight" in state and (
-        "styles.0.linear.weight" in state or "linear.weight" in state
-    )
+    trunk = "input_layer.0.weight" in state or "body.0.conv1.weight" in state
+    return trunk and ("styles.0.linear.weight" in state or "linear.weight" in state)
 
 
 def encoder(
@@ -146,8 +184,6 @@ def encoder(
       report: what happened.
     """
     state = without(state, r"num_batches_tracked$", "counters of batches", report)
-    if "body.0.conv1.weight" in state:
-        raise UserError("it is a ReStyle encoder on a ResNet, which is not run here")
     fields, blocks, shortcuts = trunk_fields(state)
     rows = highest(state, r"styles\.(\d+)\.", 40) + 1
     convs = [
@@ -155,7 +191,8 @@ def encoder(
         for row in range(rows)
     ]
     laterals = max(highest(state, r"latlayer(\d+)\.", 8), 0)
-    table = encoder_table(blocks, shortcuts, convs, laterals)
+    kind_of_trunk = fields.get("blocks", "ir_se")
+    table = encoder_table(kind_of_trunk, blocks, shortcuts, convs, laterals)
     if not rows:
         add_layer(table, "linear", ("dense",), "dense")
     naive = any(k.startswith("output_layer_2.") for k in state)
@@ -183,7 +220,8 @@ def encoder(
     params = to_params(state, table, "encoder")
     report.read.append(
         f"encoder: {name}, {module.num_styles} styles, {module.in_channels} input "
-        f"channels, {blocks} residual blocks"
+        f"channels, {blocks} {'ResNet' if module.blocks == 'resnet' else 'residual'} "
+        "blocks"
     )
     return module, params
 
@@ -239,7 +277,8 @@ def encoder_state(module: Encoder, params: Mapping[str, Any]) -> dict[str, np.nd
         for row in range(module.num_styles if "style_0" in params else 0)
     ]
     laterals = sum(n.startswith("lateral_") for n in params)
-    table = encoder_table(sum(module.units), shortcuts, heads, laterals)
+    count = sum(module.units)
+    table = encoder_table(module.blocks, count, shortcuts, heads, laterals)
     if "dense" in params:
         add_layer(table, "linear", ("dense",), "dense")
     if "norm" in params:
@@ -265,12 +304,15 @@ def latent_discriminator_state(
 
 def official_type(module: Encoder) -> str:
     """The option `encoder_type` that pSp, e4e and ReStyle give such an encoder."""
+    name = type(module).__name__
     if getattr(module, "level_rows", None) == ():
-        editing = isinstance(module, Encoder4Editing)
-        return "ProgressiveBackboneEncoder" if editing else "BackboneEncoder"
-    return {
+        name += " without pyramid"
+    official = {
         "GradualStyleEncoder": "GradualStyleEncoder",
+        "GradualStyleEncoder without pyramid": "BackboneEncoder",
         "Encoder4Editing": "Encoder4Editing",
+        "Encoder4Editing without pyramid": "ProgressiveBackboneEncoder",
         "BackboneWEncoder": "BackboneEncoderUsingLastLayerIntoW",
         "BackboneWPlusEncoder": "BackboneEncoderUsingLastLayerIntoWPlus",
-    }[type(module).__name__]
+    }[name]
+    return f"ResNet{official}" if module.blocks == "resnet" else official

@@ -1,6 +1,7 @@
 """Encoders: a picture to latent codes of a StyleGAN2.
 
-One trunk, IR-SE50 (residual blocks with squeeze and excitation), under four readings:
+One trunk, IR-SE50 (residual blocks with squeeze and excitation) or for things that are
+no faces ResNet-34 (`blocks="resnet"`), under four readings:
 
 - `GradualStyleEncoder`: pSp (Richardson et al., arXiv 2008.00951), w+ row by row;
 - `Encoder4Editing`: e4e (Tov et al., arXiv 2102.02766), one w and offsets from it;
@@ -142,7 +143,7 @@ def _resample(x: Array, matrix: np.ndarray) -> Array:
 def trunk(
     params: Params, images: Array, units: tuple[int, ...], *, train: bool, dtype: Any
 ) -> tuple[dict[str, Array], dict]:
-    """IR-SE trunk.
+    """IR-SE trunk; or, if its blocks have no `se`, ReStyle's ResNet without a max pool.
 
     Args:
       params: with `input` and `body_0` .. .
@@ -155,16 +156,19 @@ def trunk(
       Features `input`, `stage_0`, `stage_1` .. and the new running statistics.
     """
     stats: dict[str, Any] = {}
-    layer = params["input"]
-    x = conv(images.astype(dtype), layer["conv"])
+    layer, resnet = params["input"], "se" not in params["body_0"]
+    block = _basic_block if resnet else _block
+    x = conv(images.astype(dtype), layer["conv"], stride=2 if resnet else 1)
     x, norm = batch_norm(layer["norm"], x, train)
     stats["input"] = {"norm": norm}
     x = prelu(layer["slope"], x)
     features, i = {"input": x}, 0
     for stage, count in enumerate(units):
         for unit in range(count):
-            stride = 2 if unit == 0 else 1
-            x, stats[f"body_{i}"] = _block(params[f"body_{i}"], x, stride, train)
+            # A ResNet has halved the picture before its first stage.
+            halves = unit == 0 and not (resnet and stage == 0)
+            stride = 2 if halves else 1
+            x, stats[f"body_{i}"] = block(params[f"body_{i}"], x, stride, train)
             i += 1
         features[f"stage_{stage}"] = x
     return features, stats
@@ -177,13 +181,29 @@ def _block(params: Params, x: Array, stride: int, train: bool) -> tuple[Array, d
     y = conv(y, params["conv2"], stride=stride)
     y, stats["norm2"] = batch_norm(params["norm2"], y, train)
     y = squeeze_excite(params["se"], y)
-    if "shortcut" in params:
-        x = conv(x, params["shortcut"]["conv"], stride=stride)
-        x, norm = batch_norm(params["shortcut"]["norm"], x, train)
-        stats["shortcut"] = {"norm": norm}
-    else:
-        x = x[:, ::stride, ::stride]
-    return y + x, stats
+    x, more = _shortcut(params, x, stride, train)
+    return y + x, stats | more
+
+
+def _basic_block(
+    params: Params, x: Array, stride: int, train: bool
+) -> tuple[Array, dict]:
+    """ResNet's block of two convolutions (He et al., arXiv 1512.03385)."""
+    stats = {}
+    y = conv(x, params["conv1"], stride=stride)
+    y, stats["norm1"] = batch_norm(params["norm1"], y, train)
+    y = conv(jax.nn.relu(y), params["conv2"])
+    y, stats["norm2"] = batch_norm(params["norm2"], y, train)
+    x, more = _shortcut(params, x, stride, train)
+    return jax.nn.relu(y + x), stats | more
+
+
+def _shortcut(params: Params, x: Array, stride: int, train: bool) -> tuple[Array, dict]:
+    if "shortcut" not in params:
+        return x[:, ::stride, ::stride], {}
+    x = conv(x, params["shortcut"]["conv"], stride=stride)
+    x, norm = batch_norm(params["shortcut"]["norm"], x, train)
+    return x, {"shortcut": {"norm": norm}}
 
 
 def norm_shapes(width: int) -> dict:
@@ -204,36 +224,49 @@ def _equal_dense_shapes(width_in: int, width_out: int) -> dict:
 
 
 def trunk_shapes(
-    in_channels: int, units: tuple[int, ...], channels: tuple[int, ...], se_ratio: int
+    in_channels: int,
+    units: tuple[int, ...],
+    channels: tuple[int, ...],
+    se_ratio: int,
+    blocks: str = "ir_se",
 ) -> dict:
-    """Parameters of `trunk`."""
-    if min(channels) < se_ratio or len(units) != len(channels):
+    """Parameters of `trunk`; `blocks` is `ir_se` or `resnet`.
+
+    Raises:
+      UserError: other blocks, units for more or fewer stages than channels, or fewer
+        channels than the squeeze divides by.
+    """
+    if blocks not in ("ir_se", "resnet"):
+        raise UserError(f"blocks is {blocks!r}; it must be ir_se or resnet")
+    few = blocks == "ir_se" and min(channels) < se_ratio
+    if few or len(units) != len(channels):
         raise UserError(
             f"units {units}, channels {channels}: as many of both, and channels of at "
             f"least se_ratio, {se_ratio}"
         )
-    width = channels[0]
+    width, resnet = channels[0], blocks == "resnet"
     shapes: dict[str, Any] = {
         "input": {
-            "conv": _conv_shape(3, in_channels, width),
+            "conv": _conv_shape(7 if resnet else 3, in_channels, width),
             "norm": norm_shapes(width),
             "slope": Full((width,), 0.25),
         }
     }
     for count, width_out in zip(units, channels, strict=True):
         for _ in range(count):
-            hidden = width_out // se_ratio
             block = {
-                "norm1": norm_shapes(width),
+                "norm1": norm_shapes(width_out if resnet else width),
                 "conv1": _conv_shape(3, width, width_out),
-                "slope": Full((width_out,), 0.25),
                 "conv2": _conv_shape(3, width_out, width_out),
                 "norm2": norm_shapes(width_out),
-                "se": {
+            }
+            if not resnet:
+                hidden = width_out // se_ratio
+                block["slope"] = Full((width_out,), 0.25)
+                block["se"] = {
                     "down": Normal((width_out, hidden), width_out**-0.5),
                     "up": Normal((hidden, width_out), hidden**-0.5),
-                },
-            }
+                }
             if width != width_out:
                 block["shortcut"] = {
                     "conv": _conv_shape(1, width, width_out),
@@ -336,7 +369,11 @@ def style_rows(
 
 def _init_params(encoder: nn.Module, heads: Mapping[str, Any], key: Array) -> dict:
     shapes = trunk_shapes(
-        encoder.in_channels, encoder.units, encoder.channels, encoder.se_ratio
+        encoder.in_channels,
+        encoder.units,
+        encoder.channels,
+        encoder.se_ratio,
+        encoder.blocks,
     )
     shapes |= heads
     shapes["w_avg"] = Full((encoder.num_styles, encoder.w_dim))
@@ -403,6 +440,7 @@ class GradualStyleEncoder(nn.Module):
       w_dim: width of a code.
       level_rows: first row that reads the pyramid's second (middle) map, third (fine).
       start_from_w_avg: whether codes are offsets from `w_avg`.
+      blocks: of the trunk: `ir_se`, or `resnet` as ReStyle's for things but faces.
       dtype: of the convolutions; normalisation and linear layers are float32.
     """
 
@@ -415,6 +453,7 @@ class GradualStyleEncoder(nn.Module):
     w_dim: int = 512
     level_rows: tuple[int, ...] = (3, 7)
     start_from_w_avg: bool = True
+    blocks: str = "ir_se"
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:
@@ -460,6 +499,7 @@ class Encoder4Editing(nn.Module):
     w_dim: int = 512
     level_rows: tuple[int, ...] = (3, 7)
     start_from_w_avg: bool = True
+    blocks: str = "ir_se"
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:
@@ -511,6 +551,7 @@ class BackboneWEncoder(nn.Module):
     se_ratio: int = 16
     w_dim: int = 512
     start_from_w_avg: bool = True
+    blocks: str = "ir_se"
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:
@@ -547,6 +588,7 @@ class BackboneWPlusEncoder(nn.Module):
     w_dim: int = 512
     pool: int = 7
     start_from_w_avg: bool = True
+    blocks: str = "ir_se"
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:

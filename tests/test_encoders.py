@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import convert
 from convert import pt
-from convert.encoder import official_type
+from convert.encoder import encoder_state, official_type
 from jaxstyle.encoders import (
     BackboneWEncoder,
     BackboneWPlusEncoder,
@@ -272,6 +273,69 @@ def test_restyle_equals_the_original(tmp_path, kind, encoder_type):
         codes = run(params, decoder, x, steps)
         wanted = expected[f"restyle_latent_step{steps}"]
         assert relative_error(codes, wanted) < BOUND, steps
+
+
+def resnet_state(pyramid):
+    """ReStyle's encoder on ResNet-34, eight rows."""
+    state = filled_state_dict("restyle_resnet_encoder")
+    if pyramid:
+        return dict(state)
+    finer = re.compile(r"latlayer|styles\.\d+\.convs\.(8|10)\.")
+    return {k: v for k, v in state.items() if not finer.match(k)}
+
+
+@pytest.mark.parametrize(
+    "name, encoder_type",
+    [
+        ("backbone", "ResNetBackboneEncoder"),
+        pytest.param("gradual", "ResNetGradualStyleEncoder", marks=pytest.mark.slow),
+        pytest.param(
+            "progressive", "ResNetProgressiveBackboneEncoder", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_restyle_on_resnet_equals_the_original(tmp_path, name, encoder_type):
+    """The values are of restyle-encoder's modules, filled by the manifest's rule."""
+    state, options = resnet_state(name == "gradual"), {"encoder_type": encoder_type}
+    networks, params = through_file(tmp_path, state, options)
+    module, params = networks["encoder"], params["encoder"]
+    kind = Encoder4Editing if name == "progressive" else GradualStyleEncoder
+    assert module == kind(
+        num_styles=8,
+        in_channels=6,
+        units=(3, 4, 6, 3),
+        level_rows=(3, 7) if name == "gradual" else (),
+        blocks="resnet",
+    )
+    assert official_type(module) == encoder_type
+    again = encoder_state(module, params)
+    assert again.keys() == state.keys()
+    for key in ("relu.weight", "body.3.downsample.1.running_var", "conv1.weight"):
+        np.testing.assert_array_equal(again[key], state[key])
+    expected, x = golden("restyle_resnet"), pictures()
+    both = np.concatenate([x, np.float32(0.8) * x[:, :, ::-1] + np.float32(0.1)], -1)
+    codes, out = apply(module, params, both)
+    assert relative_error(codes, expected[name]) < BOUND
+    for stage in range(4):
+        part = np.moveaxis(np.asarray(out["features"][f"stage_{stage}"]), -1, 1)
+        wanted = expected[f"stage_{stage}_slice"]
+        assert relative_error(part[:, :4, :4, :4], wanted) < BOUND, stage
+
+
+@pytest.mark.slow  # half a minute
+def test_restyle_on_resnet_trains_as_the_original(tmp_path):
+    options = {"encoder_type": "ResNetBackboneEncoder"}
+    networks, params = through_file(tmp_path, resnet_state(False), options)
+    module, params = networks["encoder"], params["encoder"]
+    expected, x = golden("restyle_resnet"), pictures()
+    both = np.concatenate([x, np.float32(0.8) * x[:, :, ::-1] + np.float32(0.1)], -1)
+    codes, out = apply(module, params, both, train=True)
+    assert relative_error(codes, expected["backbone_train"]) < BOUND
+    merged = encoder_state(module, merge_batch_stats(params, out["batch_stats"]))
+    for key, wanted in expected.items():
+        if key.startswith("after/"):
+            got = merged[key.removeprefix("after/")]
+            assert relative_error(got, wanted) < BOUND, key
 
 
 # A small encoder is the same code
