@@ -252,10 +252,10 @@ def test_options_of_an_encoder_are_read_leniently(tmp_path):
         assert networks["encoder"].start_from_w_avg is expected
 
 
-def test_a_resnet_encoder_is_named(tmp_path):
+def test_missing_keys_of_a_resnet_encoder_are_named(tmp_path):
     state = {"encoder.conv1.weight": 0, "encoder.body.0.conv1.weight": 0}
     state = {k: np.zeros((1, 1, 1, 1), np.float32) for k in state}
-    with pytest.raises(UserError, match="ReStyle encoder on a ResNet"):
+    with pytest.raises(UserError, match="missing keys of the trunk: bn1.weight"):
         load(tmp_path / "a.pt", {"state_dict": state})
 
 
