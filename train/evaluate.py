@@ -2,6 +2,7 @@
 
     python -m train.evaluate
     python -m train.evaluate --heads heldout --methods jojo,jojo-lpips --styles pencil
+    python -m train.evaluate --methods default --sweep id-lambda
 
 `train.heads` draws a head as a photo and in a style, so the stylised photo can be
 compared with the truth. For each style one reference, a head drawn in it, teaches the
@@ -10,20 +11,30 @@ methods; then held-out heads are inverted and drawn in the style:
 - LPIPS to the truth, and its ratio to that of the plain inversion. The ceiling is the
   LPIPS between a photo and its own truth: what doing nothing to a perfect inversion
   would give;
-- identity: how often the own truth is nearer (LPIPS) than another head's;
+- own nearer: how often the own truth is nearer (LPIPS) than another head's;
+- same face: mean cosine of the identity network's vectors of the plain inversion and
+  the stylised picture, that is, of what the base and the trained generator draw of one
+  code (in the ceiling's line: of a photo and its own truth);
 - style: squared distance of the Gram matrices of AlexNet's features to the
   reference's, relative to the reference's;
 - the time of the whole training, also where an earlier checkpoint of it is drawn, and
   its peak memory.
 
-`default` is what the weights recommend for themselves, `jojo` the published settings.
+The ceilings are printed first. `default` is what the weights recommend for themselves,
+`jojo` the published settings.
+
+`--sweep id-lambda` trains `default` with several weights of the identity loss, and adds
+a table of their means over the styles. The best weight has the highest cosine among
+those whose LPIPS to the truth is at most 5 % above that of weight 0. (The network that
+judges is the one that taught, unless `--identity-net` names another.)
 
 Pictures are brought to 256 px bilinearly for LPIPS. Cheap rivals stand beside the
 methods: Reinhard's colour transfer of the reference onto the inversion (Reinhard et al.
 2001), and the reference itself. Drawn references without a truth are shown on the sheet
 and get the style distance alone.
 
-OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they stopped.
+OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they stopped;
+`--sheet-to` keeps the sheet elsewhere too.
 """
 
 import dataclasses
@@ -36,7 +47,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +58,7 @@ from jax import Array
 from jaxstyle import images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
-from jaxstyle.features import lpips
+from jaxstyle.features import judges, lpips
 from jaxstyle.invert import Search, invert, resize
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import interpolate_features
@@ -63,7 +74,8 @@ STYLES = {
     "open-peeps": False,
 }
 LPIPS_SIZE = 256
-SHEET_HEADS = 4
+# A weight of the sweep may cost so much of weight 0's LPIPS.
+WORSE = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +100,11 @@ _RGB = "0,2,3,5,6,8,9"  # at 64 px: mix what makes colours, keep what makes shap
 METHODS = {
     "default": Method(DEFAULTS),
     "default-half": Method(DEFAULTS, intensity=0.5),
+    "default-bfloat16": Method((*DEFAULTS, "--dtype", "bfloat16")),
     "jojo": Method(),
     "jojo-100": Method(step=100),
     "jojo-200": Method(step=200),
+    "jojo-half": Method(intensity=0.5),
     "jojo-quiet": Method(("--noise-mode", "none")),
     "jojo-w-plus": Method(("--inversion-space", "w_plus")),
     "jojo-mean": Method(("--inversion", "mean")),
@@ -129,8 +143,18 @@ class Options:
     """Steps of the inversion."""
     extra: str = ""
     """More options for every training, for example "--dtype bfloat16"."""
+    sweep: Literal["", "id-lambda"] = ""
+    """Option of train.jojo to try several values of, beside the methods."""
+    sweep_values: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 1.0)
+    """Its values."""
+    identity_net: str = ""
+    """Identity network that measures; empty: as in train.jojo."""
     seed: int = 0
     """Seed of the inversions and the trainings."""
+    sheet_heads: int = 4
+    """Heads on the sheet, for each style."""
+    sheet_to: Path | None = None
+    """Write the sheet here too."""
     out: Path = Path("runs/evaluate")
     """Folder of the table, the sheet and the runs."""
 
@@ -178,6 +202,21 @@ def style_distances(a: Sequence[Array], b: Sequence[Array]) -> Array:
         apart = jnp.sum(jnp.square(own - target), (1, 2))
         total += apart / jnp.sum(jnp.square(target), (1, 2))
     return total / len(a)
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(module, params, pictures):
+    return module.apply({"params": params}, pictures, method="embed")
+
+
+def faces(identity: judges.Judge, pictures: Array) -> np.ndarray:
+    """The identity network's unit vectors of pictures [n, h, h, 3]."""
+    return np.asarray(_embed(identity.module, identity.params, jnp.asarray(pictures)))
+
+
+def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of unit vectors [n, width], row by row."""
+    return float(np.sum(a * b, -1).mean())
 
 
 def own_nearer(distances: np.ndarray) -> float:
@@ -291,7 +330,7 @@ def train(options: Options, args: Sequence[str], style: str) -> dict:
         command = ["-m", "train.jojo", "--ref", str(reference_file(style))]
         command += ["--no-align", "--weights", options.weights, "--out", str(folder)]
         command += ["--seed", str(options.seed), *args, *options.extra.split()]
-        if args != DEFAULTS:
+        if not set(DEFAULTS) <= set(args):
             command.append("--no-profile")
         seconds, memory = _run(command)
         text = json.dumps({"seconds": seconds, "memory": memory})
@@ -321,41 +360,97 @@ def stylized(generator, base, codes, run: Mapping, method: Method) -> np.ndarray
 # The table
 
 
-def score(judge, pictures, truth, reference) -> dict:
-    """The measured values of one method in one style.
+class Style(NamedTuple):
+    """A style, and what is known of it.
+
+    Attributes:
+      name: of `STYLES`.
+      picture: its reference [size, size, 3].
+      reference: LPIPS features of the reference.
+      truths: the heads drawn in it [n, size, size, 3]; None: unknown.
+      truth: LPIPS features of the truths.
+    """
+
+    name: str
+    picture: np.ndarray
+    reference: Sequence[Array]
+    truths: np.ndarray | None = None
+    truth: Sequence[Array] | None = None
+
+
+def load_style(options: Options, name: str, folder: Path, size: int, judge) -> Style:
+    """A style by its name, at the generator's size."""
+    picture = images.to_array(images.open_image(reference_file(name)), size)
+    style = Style(name, picture, describe(judge, picture[None]))
+    if not STYLES[name]:
+        return style
+    truths = read(folder / name, options, size)
+    return style._replace(truths=truths, truth=describe(judge, truths))
+
+
+def ceilings(photos: np.ndarray, styles: Sequence[Style], judge, identity) -> list:
+    """Records of a photo against its own truth: what doing nothing would give."""
+    records, features, own = [], describe(judge, photos), faces(identity, photos)
+    for style in styles:
+        if style.truths is None:
+            continue
+        distance = jax.jit(lpips.feature_distance)(judge, features, style.truth)
+        values = {
+            "lpips": float(distance.mean()),
+            "cosine": mean_cosine(own, faces(identity, style.truths)),
+        }
+        print(
+            f"{style.name}: LPIPS of a photo to its own truth {values['lpips']:.3f}",
+            flush=True,
+        )
+        records.append({"style_name": style.name, "method": "photo"} | values)
+    return records
+
+
+def score(judge, pictures, style: Style) -> dict:
+    """The LPIPS features' values of one method in one style.
 
     Args:
       judge: LPIPS parameters.
       pictures: [n, h, h, 3].
-      truth: features of the truths, or None.
-      reference: features of the reference, of one picture.
+      style: what they are compared with.
     """
     own = describe(judge, pictures)
-    values = {"style": float(style_distances(own, reference).mean())}
-    if truth is not None:
-        distances = np.asarray(all_distances(judge, own, truth))
+    values = {"style": float(style_distances(own, style.reference).mean())}
+    if style.truth is not None:
+        distances = np.asarray(all_distances(judge, own, style.truth))
         values["lpips"] = float(np.diagonal(distances).mean())
         values["identity"] = own_nearer(distances)
     return values
 
 
+# Columns of the tables: key of a record, form, title.
+COLUMNS = (
+    ("lpips", ".3f", "LPIPS"),
+    ("ratio", ".2f", "of plain"),
+    ("identity", ".0%", "own nearer"),
+    ("cosine", ".2f", "same face"),
+    ("style", ".2f", "style"),
+    ("seconds", ".0f", "s"),
+    ("memory", ".0f", "MB"),
+)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown of rows, the first being the titles."""
+    titles, *others = rows
+    rows = [titles, ["---"] * len(titles), *others]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def table(records: Sequence[Mapping]) -> str:
     """Markdown of the records: one line a method and style, and means over styles."""
-    lines = [
-        "| style | method | LPIPS | of plain | own nearer | style | s | MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-
-    def cell(record, key, form):
-        return format(record[key], form) if record.get(key) is not None else ""
-
+    rows = [["style", "method", *(title for _, _, title in COLUMNS)]]
     for record in records:
-        cells = [record["style_name"], record["method"]]
-        forms = (("lpips", ".3f"), ("ratio", ".2f"), ("identity", ".0%"))
-        forms += (("style", ".2f"), ("seconds", ".0f"), ("memory", ".0f"))
-        cells += [cell(record, key, form) for key, form in forms]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        values = [(record.get(key), form) for key, form, _ in COLUMNS]
+        cells = ["" if v is None else format(v, form) for v, form in values]
+        rows.append([record["style_name"], record["method"], *cells])
+    return _lines(rows)
 
 
 def means(records: Sequence[Mapping]) -> list[dict]:
@@ -371,73 +466,119 @@ def means(records: Sequence[Mapping]) -> list[dict]:
     return out
 
 
+def swept(options: Options) -> dict[float, str]:
+    """Name of the method for each value of the sweep; value 0 is `default`."""
+    values = dict.fromkeys((0.0, *options.sweep_values)) if options.sweep else ()
+    return {v: f"{options.sweep} {v:g}" if v else "default" for v in values}
+
+
+def best_value(rows: Mapping[float, Mapping]) -> float:
+    """The value with the highest cosine at an LPIPS not much above that of value 0.
+
+    Args:
+      rows: records of means by value, 0 among them.
+    """
+    most = WORSE * rows[0.0]["lpips"]
+    near = {v: r["cosine"] for v, r in rows.items() if r["lpips"] <= most}
+    return max(near, key=lambda v: near[v])
+
+
+def sweep_table(option: str, rows: Mapping[float, Mapping]) -> str:
+    """Markdown of a sweep: LPIPS, that over value 0's, cosine, and which is best."""
+    columns = [c for c in COLUMNS if c[0] in ("lpips", "identity", "cosine", "style")]
+    best, plain = best_value(rows), rows[0.0]["lpips"]
+    lines = [[option, *(title for _, _, title in columns), "LPIPS of 0", ""]]
+    for value, row in rows.items():
+        cells = [format(row[key], form) for key, form, _ in columns]
+        cells += [f"{row['lpips'] / plain:.3f}", "best" if value == best else ""]
+        lines.append([f"{value:g}", *cells])
+    return _lines(lines)
+
+
+def drawn_by(options: Options, generator, base, codes, plain, style, methods) -> dict:
+    """Pictures [n, size, size, 3] and cost, by the name of rival or method."""
+    rows = {
+        "inversion": (plain, {}),
+        "colour transfer": (color_transfer(plain, style.picture), {}),
+        "reference": (np.broadcast_to(style.picture, plain.shape), {}),
+    }
+    for name, method in methods.items():
+        run = train(options, method.args, style.name)
+        cost = {"seconds": run["seconds"], "memory": run["memory"]}
+        rows[name] = (stylized(generator, base, codes, run, method), cost)
+    return rows
+
+
+def write_sheet(options: Options, photos, styles, drawn, labels) -> None:
+    """Photos, truths and all methods' pictures; a line a head and style.
+
+    Args:
+      options: where to.
+      photos: [n, size, size, 3].
+      styles: of the table.
+      drawn: for each style the pictures of each rival and method.
+      labels: their names.
+    """
+    count, cells, names = min(options.sheet_heads, len(photos)), [], []
+    for style, rows in zip(styles, drawn, strict=True):
+        truths = np.ones_like(photos) if style.truths is None else style.truths
+        for i in range(count):
+            cells += [photos[i], truths[i], *(row[i] for row in rows)]
+            names.append(style.name if i == 0 else "")
+    columns = ["photo", "truth", *labels]
+    grid = images.grid(cells, len(columns), column_labels=columns, row_labels=names)
+    images.save_image(options.out / "sheet.jpg", grid)
+    if options.sheet_to:
+        images.save_image(options.sheet_to, grid)
+
+
 def evaluate(options: Options) -> list[dict]:
     """Run everything; returns the records of the table."""
-    styles = _chosen(options.styles, STYLES, "--styles")
-    methods = _chosen(options.methods, METHODS, "--methods")
+    names = _chosen(options.styles, STYLES, "--styles")
+    methods = {n: METHODS[n] for n in _chosen(options.methods, METHODS, "--methods")}
+    values = swept(options)
+    for value, name in values.items():
+        flags = (f"--{options.sweep}", str(value)) if value else ()
+        methods[name] = Method((*DEFAULTS, *flags))
     options.out.mkdir(parents=True, exist_ok=True)
     generator, base = pipeline.load_generator(options.weights)
     _, judge = weights.load("lpips_alexnet")
     judge = judge["lpips"]
+    identity = judges.choose("identity", options.identity_net)
     folder = draw_heads(options)
     photos = read(folder / "photo", options, generator.size)
+    styles = [load_style(options, n, folder, generator.size, judge) for n in names]
+    records, drawn = ceilings(photos, styles, judge, identity), []
     codes = invert_photos(options, generator, base, photos)
     plain = pipeline.pictures(generator, base, codes["w_plus"])
-    photo_features = describe(judge, photos)
-    records, sheet, labels = [], [], ["photo", "truth", *RIVALS, *methods]
+    own = faces(identity, plain)
     for style in styles:
-        picture = images.open_image(reference_file(style))
-        picture = images.to_array(picture, generator.size)
-        reference = describe(judge, picture[None])
-        truths = (
-            read(folder / style, options, generator.size) if STYLES[style] else None
+        rows = drawn_by(
+            options, generator, base, codes["w_plus"], plain, style, methods
         )
-        truth = None if truths is None else describe(judge, truths)
-        if truth is not None:
-            ceiling = jax.jit(lpips.feature_distance)(judge, photo_features, truth)
-            ceiling = float(ceiling.mean())
-            print(
-                f"{style}: LPIPS of a photo to its own truth {ceiling:.3f}", flush=True
-            )
-            line = {"style_name": style, "method": "photo", "lpips": ceiling}
-            records.append(line)
-        rows = {
-            "inversion": (plain, {}),
-            "colour transfer": (color_transfer(plain, picture), {}),
-            "reference": (np.broadcast_to(picture, plain.shape), {}),
-        }
-        for name in methods:
-            method = METHODS[name]
-            run = train(options, method.args, style)
-            drawn = stylized(generator, base, codes["w_plus"], run, method)
-            cost = {"seconds": run["seconds"], "memory": run["memory"]}
-            rows[name] = (drawn, cost)
-        for name, (drawn, cost) in rows.items():
-            values = score(judge, drawn, truth, reference)
-            if truth is not None:
-                own = next((r for r in records if _is_plain(r, style)), values)
-                values["ratio"] = values["lpips"] / own["lpips"]
-            records.append({"style_name": style, "method": name} | values | cost)
-        shown = [photos, photos * 0 + 1 if truths is None else truths]
-        shown += [drawn for drawn, _ in rows.values()]
-        sheet.append(np.stack([x[:SHEET_HEADS] for x in shown], 1))
+        drawn.append([pictures for pictures, _ in rows.values()])
+        unchanged = score(judge, plain, style).get("lpips")
+        for name, (pictures, cost) in rows.items():
+            found = score(judge, pictures, style)
+            found["cosine"] = mean_cosine(own, faces(identity, pictures))
+            if unchanged:
+                found["ratio"] = found["lpips"] / unchanged
+            records.append({"style_name": style.name, "method": name} | found | cost)
     records += means(records)
     text = table(records)
     seconds = codes["seconds"] / options.n
     text += f"\nInversion: {seconds:.1f} s a photo ({options.steps} steps).\n"
+    mean = {r["method"]: r for r in records if r["style_name"] == "mean"}
+    if values and mean:
+        rows = {value: mean[name] for value, name in values.items()}
+        text += "\n" + sweep_table(options.sweep, rows)
     images.write_bytes(options.out / "table.md", text.encode())
     images.write_bytes(
         options.out / "table.json", json.dumps(records, indent=1).encode()
     )
-    cells = np.concatenate([s.reshape(-1, *s.shape[2:]) for s in sheet])
-    grid = images.grid(list(cells), len(labels), column_labels=labels)
-    images.save_image(options.out / "sheet.jpg", grid)
+    write_sheet(options, photos, styles, drawn, [*RIVALS, *methods])
     print(text)
     return records
-
-
-def _is_plain(record: Mapping, style: str) -> bool:
-    return record["style_name"] == style and record["method"] == "inversion"
 
 
 def _chosen(text: str, known: Mapping, option: str) -> list[str]:
@@ -459,6 +600,15 @@ def main(args: list[str] | None = None) -> None:
     use_compilation_cache()
     if options.n < 2:
         raise UserError(f"--n is {options.n}; identity needs at least 2 heads")
+    if options.sheet_heads < 1:
+        raise UserError(
+            f"--sheet-heads is {options.sheet_heads}; it must be at least 1"
+        )
+    if min(options.sweep_values, default=-1) < 0:
+        given = " ".join(f"{v:g}" for v in options.sweep_values)
+        raise UserError(
+            f"--sweep-values is {given!r}; give numbers that are not negative"
+        )
     evaluate(options)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from jaxstyle import images, weights
 from jaxstyle.errors import UserError
+from jaxstyle.features import judges
+from jaxstyle.features.identity import ArcFace
 from tests import small_models
 from train import evaluate
 
@@ -48,6 +50,32 @@ def test_distances_are_lpips_and_the_style_is_nearest_to_itself():
     assert style[0] < 1e-10 and style[1] > 1e-3
 
 
+def test_the_same_face_has_cosine_one():
+    judge = judges.choose("identity")
+    a, b = (evaluate.faces(judge, faces(2, seed=i)) for i in (0, 1))
+    assert evaluate.mean_cosine(a, a) == pytest.approx(1, abs=1e-5)
+    assert evaluate.mean_cosine(a, b) == pytest.approx(np.trace(a @ b.T) / 2, abs=1e-5)
+
+
+def test_the_best_value_of_a_sweep_costs_little_lpips():
+    rows = {
+        value: {"lpips": lpips, "cosine": cosine, "identity": 0.9, "style": 0.5}
+        for value, lpips, cosine in (
+            (0.0, 0.4, 0.2),
+            (0.1, 0.41, 0.5),
+            (0.3, 0.42, 0.6),
+            (1.0, 0.43, 0.9),
+        )
+    }
+    assert evaluate.best_value(rows) == 0.3
+    lines = evaluate.sweep_table("id-lambda", rows).splitlines()
+    assert [line.endswith("| best |") for line in lines[2:]] == [0, 0, 1, 0]
+    assert lines[4] == "| 0.3 | 0.420 | 90% | 0.60 | 0.50 | 1.050 | best |"
+    assert evaluate.swept(evaluate.Options()) == {}
+    options = evaluate.Options(sweep="id-lambda", sweep_values=(0.5,))
+    assert evaluate.swept(options) == {0.0: "default", 0.5: "id-lambda 0.5"}
+
+
 def test_a_small_table(tmp_path, capsys):
     base = small_models.save_base(tmp_path / "base")
     for i, kind in enumerate(("photo", "cel")):
@@ -58,9 +86,17 @@ def test_a_small_table(tmp_path, capsys):
         (tmp_path / "heads" / kind).symlink_to(tmp_path / "heads" / "cel")
     args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
     args += ["--styles", "cel", "--methods", "default,default-half"]
-    args += ["--extra=--steps 2 --inversion-steps 2", "--out", tmp_path / "out"]
+    judge = ArcFace(16, units=(1, 1), channels=(4, 8), se_ratio=2, width=8)
+    judge_params = {"identity": judge.init_params(key=jax.random.key(0))}
+    weights.save(tmp_path / "judge", {"identity": judge}, judge_params)
+    args += ["--sweep", "id-lambda", "--sweep-values", 0.5, "--sheet-heads", 1]
+    args += ["--identity-net", tmp_path / "judge", "--sheet-to", tmp_path / "grid.jpg"]
+    extra = f"--steps 2 --inversion mean --identity-net {tmp_path / 'judge'}"
+    args += [f"--extra={extra}", "--out", tmp_path / "out"]
     evaluate.main([str(a) for a in args])
-    assert "own nearer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    ceiling, titles = (printed.index(t) for t in ("its own truth", "own nearer"))
+    assert ceiling < titles and "| best |" in printed
     records = json.loads((tmp_path / "out/table.json").read_text())
     by_name = {(r["style_name"], r["method"]): r for r in records}
     assert by_name["cel", "inversion"]["ratio"] == 1
@@ -70,12 +106,22 @@ def test_a_small_table(tmp_path, capsys):
         != by_name["cel", "default-half"]["lpips"]
     )
     assert by_name["cel", "default"]["memory"] > 100
-    assert images.open_image(tmp_path / "out/sheet.jpg").size[0] > 7 * 16
+    assert by_name["cel", "inversion"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert by_name["mean", "id-lambda 0.5"]["cosine"] < 1
+    width, height = images.open_image(tmp_path / "out/sheet.jpg").size
+    assert width > 8 * 16 and height < 3 * 16
+    assert (tmp_path / "grid.jpg").read_bytes() == (
+        tmp_path / "out/sheet.jpg"
+    ).read_bytes()
 
 
-def test_wrong_options_are_named(tmp_path):
+def test_wrong_options_are_named(tmp_path, capsys):
     options = evaluate.Options(out=tmp_path, heads=str(tmp_path / "none"))
     with pytest.raises(UserError, match="train.heads"):
         evaluate.draw_heads(options)
     with pytest.raises(UserError, match="--styles"):
         evaluate._chosen("oil", evaluate.STYLES, "--styles")
+    for flag, value in (("--n", 1), ("--sheet-heads", 0), ("--sweep-values", -1)):
+        with pytest.raises(SystemExit):
+            evaluate.main([flag, str(value)])
+        assert f"{flag} is" in capsys.readouterr().err
