@@ -28,10 +28,10 @@ a table of their means over the styles. The best weight has the highest cosine a
 those whose LPIPS to the truth is at most 5 % above that of weight 0. (The network that
 judges is the one that taught, unless `--identity-net` names another.)
 
-Pictures are brought to 256 px bilinearly for LPIPS. Cheap rivals stand beside the
-methods: Reinhard's colour transfer of the reference onto the inversion (Reinhard et al.
-2001), and the reference itself. Drawn references without a truth are shown on the sheet
-and get the style distance alone.
+Pictures are brought to 256 px bilinearly for both networks. Cheap rivals stand beside
+the methods: Reinhard's colour transfer of the reference onto the inversion (Reinhard et
+al. 2001), and the reference itself. Drawn references without a truth are shown on the
+sheet and get the style distance alone.
 
 OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they stopped;
 `--sheet-to` keeps the sheet elsewhere too.
@@ -206,12 +206,12 @@ def style_distances(a: Sequence[Array], b: Sequence[Array]) -> Array:
 
 @partial(jax.jit, static_argnums=0)
 def _embed(module, params, pictures):
-    return module.apply({"params": params}, pictures, method="embed")
+    return module.apply({"params": params}, judge_size(pictures), method="embed")
 
 
 def faces(identity: judges.Judge, pictures: Array) -> np.ndarray:
     """The identity network's unit vectors of pictures [n, h, h, 3]."""
-    return np.asarray(_embed(identity.module, identity.params, jnp.asarray(pictures)))
+    return np.asarray(_embed(identity.module, identity.params, pictures))
 
 
 def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
