@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import encoder, features, nvidia, pt, stylegan2
+from convert import clip, encoder, features, nvidia, pt, states, stylegan2
 from convert.layouts import FLOATS, listed
 from convert.nvidia import Module
 from convert.report import Report
@@ -57,6 +57,7 @@ def load(
     *,
     kind: str | None = None,
     heads: str | os.PathLike | None = None,
+    activation: str | None = None,
 ) -> Loaded:
     """Networks and parameters of an original file.
 
@@ -64,6 +65,7 @@ def load(
       path: a file of torch.save (both formats) or an NVIDIA pickle.
       kind: `psp` or `e4e` for an encoder whose file does not tell.
       heads: for a trunk of torchvision, the lpips package's file of LPIPS heads.
+      activation: `quick_gelu` or `gelu` for a CLIP whose file does not tell.
 
     Returns:
       Modules by name, their parameters (nested dicts of float32 numpy arrays), and a
@@ -75,14 +77,22 @@ def load(
       UserError: no such file, a damaged or hostile one, one of an unknown kind, or
         keys and shapes that do not fit.
     """
+    if os.path.isdir(path):
+        path = clip.weights_file(path)
     data = pt.open_file(path)
     report = Report()
     try:
-        if pt.container(data) == "pickle":
+        container = states.container(data) or pt.container(data)
+        if container in ("safetensors", "msgpack"):
+            value = clip.arrays(data)
+        elif container == "pickle":
             value = nvidia.read(data)
         else:
             value = pt.parse(data, pt.tensor_functions(len(data)))
-        networks, params = _recognise(value, kind, heads, report)
+        if container in ("safetensors", "msgpack") or clip.is_clip(value):
+            networks, params = clip.found(value, path, activation, report)
+        else:
+            networks, params = _recognise(value, kind, heads, report)
         weights.check_params(networks, params, "the file")
     except UserError as e:
         raise UserError(f"{os.fspath(path)}: {e}") from None

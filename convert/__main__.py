@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 import convert
-from convert import pt
+from convert import clip, pt
 from jaxstyle import weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
@@ -23,7 +23,8 @@ class Options:
     FILE may be a .pt or .pth file of rosinality's StyleGAN2, JoJoGAN, StyleGAN-NADA,
     pSp or e4e, inverted codes, an editing direction, a judge (torchvision's AlexNet,
     VGG or ResNet, ArcFace's model_ir_se50.pth, MoCo's ResNet-50), or a .pkl of
-    NVIDIA's stylegan2-ada-pytorch. No code in it is ever run.
+    NVIDIA's stylegan2-ada-pytorch. A CLIP model is OpenAI's ViT-B-32.pt, a folder of
+    Hugging Face's, or a file of one. No code in any of them is ever run.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -40,6 +41,9 @@ class Options:
     """For an encoder whose file does not say which it is."""
     heads: str | None = None
     """For torchvision's AlexNet or VGG-16: LPIPS heads, the lpips package's file."""
+    activation: Literal["quick_gelu", "gelu"] | None = None
+    """For CLIP weights that have no config beside them: OpenAI's models have
+    quick_gelu, LAION's gelu."""
     legacy: bool = False
     """With --to pt: the stream format of torch before 1.6."""
     force: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
@@ -57,7 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.to == "pt":
         return _to_pt(options)
     networks, params, report = convert.load(
-        options.file, kind=options.kind, heads=options.heads
+        options.file,
+        kind=options.kind,
+        heads=options.heads,
+        activation=options.activation,
     )
     print(*report.lines(), sep="\n")
     if options.check:
@@ -71,6 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
             metadata=report.metadata(),
             overwrite=options.force,
         )
+        if "clip" in networks:
+            clip.copy_tokenizer(options.file, options.out)
         out = options.out
     else:
         out = _save_arrays(options, params)

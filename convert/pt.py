@@ -2,7 +2,8 @@
 
 Two containers exist: a zip archive (`data.pkl` and one entry a storage), and the
 stream that torch before 1.6 wrote (pickles in a row, then the raw storages). Both are
-read by the machine of `pickles.py`, so no code from a file ever runs.
+read by the machine of `pickles.py`, so no code from a file ever runs. Of a TorchScript
+archive (`torch.jit.save`) the arrays are read, and its program is not.
 
 Tensors come back as read-only numpy views of the mapped file; `bfloat16` is
 `ml_dtypes.bfloat16`.
@@ -30,6 +31,8 @@ PROTOCOL = 1001
 # to much more than that.
 VIEW_SLACK = 1 << 26
 MAX_AXES = 8
+# Of an array of a TorchScript archive: the names of all modules around it.
+MAX_NAME = 500
 # The magic number as the first pickle, in protocol 2 to 3 or framed in 4 and above.
 _LEGACY_START = rb"\x80.(\x95.{8})?\x8a\x0a" + re.escape(MAGIC.to_bytes(10, "little"))
 
@@ -120,8 +123,7 @@ def parse(data: memoryview, functions: dict[str, Callable]) -> Any:
 def _parse_zip(data, functions):
     contents = zips.entries(data)
     folders = [n.removesuffix("/data.pkl") for n in contents if n.endswith("/data.pkl")]
-    if any(n.split("/")[-1] == "constants.pkl" for n in contents):
-        raise UserError("it is a TorchScript archive, not a file of torch.save")
+    script = any(n.split("/")[-1] == "constants.pkl" for n in contents)
     if len(folders) != 1:
         hint = " (a numpy archive)" if any(n.endswith(".npy") for n in contents) else ""
         raise UserError(f"it is a zip archive{hint} that torch.save has not written")
@@ -142,7 +144,39 @@ def _parse_zip(data, functions):
         return np.frombuffer(content, dtype)
 
     pickle = contents[f"{folder}/data.pkl"]
-    return pickles.load(pickle, 0, functions, _storages(find))[0]
+    if not script:
+        return pickles.load(pickle, 0, functions, _storages(find))[0]
+    module, _ = pickles.load(pickle, 0, _ScriptNames(functions), _storages(find))
+    return Script(_script_arrays(module))
+
+
+class Script(dict):
+    """The arrays of a TorchScript archive by dotted name, as in a state dict."""
+
+
+class _ScriptNames(dict):
+    """The permitted globals, and classes of TorchScript, which are bags of attributes.
+
+    A class is named by its place in the archive's program, which nobody reads.
+    """
+
+    def __contains__(self, name):
+        return super().__contains__(name) or name.startswith("__torch__.")
+
+    def __missing__(self, name):
+        return lambda: Record()
+
+
+def _script_arrays(module, prefix=""):
+    arrays = {}
+    for name, value in module.items() if isinstance(module, dict) else ():
+        if len(prefix) + len(str(name)) > MAX_NAME:
+            raise UserError(f"a name of more than {MAX_NAME} characters: {prefix:.80}")
+        if isinstance(value, Record):
+            arrays |= _script_arrays(value, f"{prefix}{name}.")
+        elif isinstance(value, np.ndarray):
+            arrays[f"{prefix}{name}"] = value
+    return arrays
 
 
 def _parse_legacy(data, functions):

@@ -51,6 +51,8 @@ def _directory(data: memoryview) -> tuple[int, int]:
 def entries(data: memoryview) -> dict[str, memoryview]:
     """The contents of a zip archive by name, as views of `data`.
 
+    Entries in a folder `code` are left out.
+
     Raises:
       UserError: a damaged archive, compressed or encrypted entries, a name that
         occurs twice, or entries that overlap.
@@ -69,6 +71,9 @@ def entries(data: memoryview) -> dict[str, memoryview]:
         extra = bytes(data[name_end : name_end + lengths[1]])
         position += 46 + sum(lengths)
         size, packed, local = _zip64(extra, size, packed, local)
+        # A TorchScript archive's program: compressed, and never read.
+        if "/code/" in name:
+            continue
         if method or packed != size:
             raise UserError(
                 f"entry {name!r:.80} of its zip archive is compressed; torch never "

@@ -50,6 +50,7 @@ KINDS = {
     "resnet": "jaxstyle.features.resnet:ResNet",
     "tiny_face_detector": "jaxstyle.landmarks:TinyFaceDetector",
     "face_landmarks_68": "jaxstyle.landmarks:FaceLandmarks68",
+    "clip": "jaxstyle.features.clip:CLIP",
 }
 
 
