@@ -12,7 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import clip, encoder, features, nvidia, pt, states, stylegan2
+from convert import (
+    clip,
+    encoder,
+    features,
+    nvidia,
+    pt,
+    states,
+    stylegan2,
+    training,
+)
 from convert.layouts import FLOATS, listed
 from convert.nvidia import Module
 from convert.report import Report
@@ -267,6 +276,8 @@ def _encoder(value, kind, report):
     report.kind = "e4e checkpoint" if kind == "e4e" else "pSp checkpoint"
     report.licence = LICENCES["encoder"]
     used = {"state_dict", "opts", "latent_avg", "discriminator_state_dict"}
+    if parts["encoder"] and "optimizer" in value and "global_step" in value:
+        used |= set(training.KEYS)
     _ignore(value, used, report)
     if opts:
         report.ignored.append("opts: training options, read only to tell the kind")
@@ -298,7 +309,24 @@ def _encoder(value, kind, report):
             encoder.latent_discriminator(_stripped(critic), report)
         )
     report.missing.append(NO_DISCRIMINATOR)
+    if "encoder" in networks:
+        report.training = _training(value, parts, networks, params, report)
     return networks, params
+
+
+def _training(value, parts, networks, params, report):
+    """Step and optimisers of a checkpoint of e4e's training."""
+    module = networks["encoder"]
+    table = encoder.module_table(module, params["encoder"])
+    moved, critic = [training.Network("encoder", parts["encoder"], table)], None
+    if g := networks.get("generator"):
+        table = stylegan2.generator_table(g.size, g.mapping_depth)
+        moved.append(training.Network("generator", parts["decoder"], table))
+    if d := networks.get("latent_discriminator"):
+        table = encoder.latent_discriminator_table(d.depth)
+        state = _stripped(value["discriminator_state_dict"])
+        critic = training.Network("latent_discriminator", state, table)
+    return training.training(value, moved, critic, report)
 
 
 def _encoder_kind(state, opts, critic, report: Report) -> str:
@@ -308,6 +336,7 @@ def _encoder_kind(state, opts, critic, report: Report) -> str:
         "Encoder4Editing",
         "SingleStyleCodeEncoder",
         "ProgressiveBackboneEncoder",
+        "ResNetProgressiveBackboneEncoder",
     )
     if name in editing or critic is not None:
         return "e4e"

@@ -81,8 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "clip" in networks:
             clip.copy_tokenizer(options.file, options.out)
         out = options.out
+        if report.training:
+            _save_arrays(os.path.join(out, "training.npz"), report.training, True)
     else:
-        out = _save_arrays(options, params)
+        out = _save_arrays(options.out, params, options.force)
     print(f"wrote {out}")
     return None
 
@@ -93,10 +95,10 @@ def _check_folder(out: str) -> None:
         raise UserError(f"{out} is no network folder; --force replaces only those")
 
 
-def _save_arrays(options: Options, arrays: dict) -> str:
+def _save_arrays(out: str, arrays: dict, force: bool) -> str:
     """Codes or a direction as .npz."""
-    out = options.out if options.out.endswith(".npz") else f"{options.out}.npz"
-    if os.path.exists(out) and not options.force:
+    out = out if out.endswith(".npz") else f"{out}.npz"
+    if os.path.exists(out) and not force:
         raise UserError(f"{out} exists already; --force replaces it")
     folder, name = os.path.split(os.path.abspath(out))
     os.makedirs(folder, exist_ok=True)

@@ -268,8 +268,8 @@ def latent_discriminator_table(depth: int) -> Table:
     return table
 
 
-def encoder_state(module: Encoder, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The official state dict of our encoder, counters of batches included."""
+def module_table(module: Encoder, params: Mapping[str, Any]) -> Table:
+    """Names of an encoder of ours."""
     blocks = [n for n in params if n.startswith("body_")]
     shortcuts = {int(n[5:]) for n in blocks if "shortcut" in params[n]}
     heads = [
@@ -284,10 +284,14 @@ def encoder_state(module: Encoder, params: Mapping[str, Any]) -> dict[str, np.nd
     if "norm" in params:
         add_norm(table, "output_layer_2.0", ("norm",))
         add_layer(table, "output_layer_2.3", ("hidden",), "flat_7")
-        if module.pool != 7:
-            raise UserError(
-                f"the encoder pools to {module.pool} pixels, PyTorch's to 7"
-            )
+    return table
+
+
+def encoder_state(module: Encoder, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The official state dict of our encoder, counters of batches included."""
+    if getattr(module, "pool", 7) != 7:
+        raise UserError(f"the encoder pools to {module.pool} pixels, PyTorch's to 7")
+    table = module_table(module, params)
     state = to_state(params, table)
     for key in [k for k in state if k.endswith(".running_mean")]:
         counter = key.replace("running_mean", "num_batches_tracked")

@@ -1,6 +1,7 @@
 """What a conversion read, ignored and missed, in words."""
 
 import dataclasses
+from typing import Any
 
 from jaxstyle.errors import one_line
 
@@ -17,6 +18,7 @@ class Report:
       ignored: what was not, and why.
       missing: what the file lacks and what that prevents.
       notes: anything else a user should know.
+      training: arrays to go on training from, see `convert.training`.
     """
 
     kind: str = ""
@@ -26,6 +28,7 @@ class Report:
     ignored: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The report as lines to print."""

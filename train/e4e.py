@@ -170,7 +170,7 @@ def loss_fn(
     terms = encoding.picture_losses(setup, frozen, passed.image, batch["image"])
     terms |= code_losses(setup, critic, params.get(CRITIC), passed.codes, stage)
     means = {name: jnp.mean(value) for name, value in terms.items()}
-    return encoding.total(setup.lambdas, terms), (means, passed)
+    return encoding.total(setup.lambdas, means), (means, passed)
 
 
 # The pool
@@ -305,7 +305,7 @@ def schedule(
         )
         active = active_parts(setup.encoder, stage) if options.progressive else None
         state = encoding.update(state, optimizers, grads, stats, active)
-        value = sum(setup.lambdas[name] * term for name, term in terms.items())
+        value = encoding.total(setup.lambdas, terms)
         return state, {"loss": value, "stage": stage} | terms
 
     return [(int(options.w_discriminator_lambda > 0), d_step), (1, e_step)]
@@ -388,14 +388,15 @@ def train(options: Options, mesh: Any) -> TrainState:
 
     def validation_losses(params, frozen, batch, step):
         x = encoding.inputs(batch)
-        passed = encoding.evaluate(
-            setup, params, x, common.restyle, stage=stage_of(step)
-        )
-        return encoding.picture_losses(setup, frozen, passed.image, batch["image"])
+        stage = stage_of(step)
+        passed = encoding.evaluate(setup, params, x, common.restyle, stage=stage)
+        terms = encoding.picture_losses(setup, frozen, passed.image, batch["image"])
+        codes, judge = passed.codes, params.get(CRITIC)
+        return terms | code_losses(setup, critic, judge, codes, stage)
 
     return loop.fit(
         options,
-        make_state(options, params, optimizers),
+        encoding.begin(common, make_state(options, params, optimizers), run.steps),
         frozen,
         schedule(options, setup, critic, optimizers),
         batches,

@@ -25,14 +25,18 @@ from jaxstyle.encoders import (
 from jaxstyle.errors import UserError
 from jaxstyle.features import judges
 from jaxstyle.features.identity import ArcFace
+from jaxstyle.features.resnet import ResNet
 from jaxstyle.invert import for_lpips
 from jaxstyle.stylegan2 import Generator
-from train import data, loop, optim, sharding, transforms
+from train import data, loop, optim, resume, sharding, transforms
 from train.state import TrainState
 
 # pSp's face region, in a picture of 256 px.
 ROWS, COLUMNS = (35, 223), (32, 220)
 PREVIEW = 5
+UNITS = {"ir_se": (3, 4, 14, 3), "resnet": (3, 4, 6, 3)}
+# Where torchvision's ResNet-34 is, once converted.
+RESNET = "weights/resnet34"
 # Running statistics and averages are no weights; the noise planes are no one's.
 NOT_TRAINED = (r".*norm\w*/(mean|var)$", "w_avg", "noise_const")
 # rosinality's arrays with a leading axis of one, which Ranger centres as a whole.
@@ -59,12 +63,24 @@ class EncodingOptions:
     run), the training goes on from that."""
     start: str = ""
     """Folder with an encoder to start from instead."""
+    resume: bool = False
+    """Go on where the checkpoint in --start or --weights stopped: its step, its
+    optimisers. Of e4e's and ReStyle's training checkpoints; this project's own runs go
+    on by their --out."""
+    first_step: int = 0
+    """Number of the first iteration, where a checkpoint does not tell."""
     encoder_size: int = 256
     """Pixels a side of the encoder's pictures, at which the losses are taken too."""
-    encoder_units: tuple[int, ...] = (3, 4, 14, 3)
-    """Residual blocks in each stage of a new encoder."""
+    encoder_blocks: Literal["ir_se", "resnet"] = "ir_se"
+    """Residual blocks of a new encoder: IR-SE50's, or ResNet-34's (ReStyle for things
+    that are no faces)."""
+    encoder_units: tuple[int, ...] = ()
+    """How many in each of its stages; empty: 3 4 14 3, for ResNet-34 3 4 6 3."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of its stages."""
+    trunk_net: str = ""
+    """Network that the trunk of a new encoder starts from; empty: the identity network
+    or weights/arcface, for ResNet blocks weights/resnet34, if there."""
     restyle: int = 0
     """ReStyle: so many refinements a step, the encoder also seeing what the codes so
     far give (published: 5); 0: none."""
@@ -117,18 +133,25 @@ def crop(images: Array) -> Array:
 
 
 def picture_losses(
-    setup: Setup, frozen: Mapping[str, Any], made: Array, wanted: Array
+    setup: Setup,
+    frozen: Mapping[str, Any],
+    made: Array,
+    wanted: Array,
+    shown: Array | None = None,
 ) -> dict[str, Array]:
     """The losses on pictures with a weight, one value a sample [batch] each.
 
     `lpips`, `l2` (mean of squares), their `_crop` on the face region; `id` and
-    `similarity`, 1 - cosine of embeddings (pSp, section 3.2 and appendix).
+    `similarity`, 1 - cosine of embeddings (pSp, section 3.2 and appendix). These two
+    come with a number to look at, `id_improve` or `similarity_improve`: by how much
+    what is made is closer to what is wanted than what was shown is.
 
     Args:
       setup: judges and weights.
       frozen: the judges' parameters by role.
       made: [batch, size, size, 3].
       wanted: the same shape; no gradient flows into it.
+      shown: what the encoder saw, [batch, size, size, channels]; None: what is wanted.
     """
     wanted = jax.lax.stop_gradient(wanted)
 
@@ -140,20 +163,32 @@ def picture_losses(
     def squares(a, b):
         return jnp.mean(jnp.square(a - b), (1, 2, 3))
 
-    def apart(role):
+    def likeness(role):
+        """Cosines of what is made and of what was shown with what is wanted."""
         judge, params = setup.judges[role], {"params": frozen[role]}
-        a, b = (judge.apply(params, x, method="embed") for x in (made, wanted))
-        return 1 - jnp.sum(a * jax.lax.stop_gradient(b), -1)
+        embed = functools.partial(judge.apply, params, method="embed")
+        on_wanted = jax.lax.stop_gradient(embed(wanted))
+        cosine = jnp.sum(embed(made) * on_wanted, -1)
+        if shown is None:
+            return cosine, jnp.ones_like(cosine)
+        if shown.shape[-1] != 3:
+            return cosine, None
+        return cosine, jnp.sum(jax.lax.stop_gradient(embed(shown)) * on_wanted, -1)
 
     terms = {
         "lpips": lambda: lpips(made, wanted),
         "l2": lambda: squares(made, wanted),
         "lpips_crop": lambda: lpips(crop(made), crop(wanted)),
         "l2_crop": lambda: squares(crop(made), crop(wanted)),
-        "id": lambda: apart("identity"),
-        "similarity": lambda: apart("similarity"),
     }
-    return {k: term() for k, term in terms.items() if setup.lambdas.get(k)}
+    terms = {k: term() for k, term in terms.items() if setup.lambdas.get(k)}
+    for name, role in (("id", "identity"), ("similarity", "similarity")):
+        if setup.lambdas.get(name):
+            now, before = likeness(role)
+            terms[name] = 1 - now
+            if before is not None:
+                terms[f"{name}_improve"] = jax.lax.stop_gradient(now - before)
+    return terms
 
 
 def length(x: Array, axes: tuple[int, ...]) -> Array:
@@ -162,9 +197,9 @@ def length(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
 
-def total(lambdas: Mapping[str, float], terms: Mapping[str, Array]) -> Array:
-    """The weighted sum of the terms' means."""
-    return sum(lambdas[name] * jnp.mean(value) for name, value in terms.items())
+def total(lambdas: Mapping[str, float], terms: Mapping[str, Any]) -> Any:
+    """The sum of the terms that have a weight, each a number."""
+    return sum(lambdas[name] * terms[name] for name in terms if lambdas.get(name))
 
 
 # Encoder and generator
@@ -383,9 +418,10 @@ def make_networks(
         num_styles=generator.num_ws,
         size=options.encoder_size,
         in_channels=channels,
-        units=options.encoder_units,
+        units=options.encoder_units or UNITS[options.encoder_blocks],
         channels=options.encoder_channels,
         w_dim=generator.w_dim,
+        blocks=options.encoder_blocks,
         **levels,
     )
     if options.start:
@@ -404,6 +440,9 @@ def make_networks(
                 f"{type(fresh).__name__}: give another --start"
             )
         print(f"encoder: goes on from {where}")
+        if encoder.start_from_w_avg != fresh.start_from_w_avg:
+            how = "start" if encoder.start_from_w_avg else "do not start"
+            print(f"encoder: as there, its codes {how} from the average one")
     else:
         encoder = fresh
         params["encoder"] = _fresh_params(options, fresh, run.seed)
@@ -421,33 +460,71 @@ def _only_encoder(model: Mapping[str, nn.Module], where: str) -> str:
 
 
 def _fresh_params(options: EncodingOptions, encoder: nn.Module, seed: int) -> Any:
-    """Random parameters, the trunk from ArcFace where its shapes are the same."""
+    """Random parameters, the trunk from a network of its shapes where there is one.
+
+    Published: ArcFace, or of ResNet blocks torchvision's ResNet-34.
+    """
     key = jax.random.key(seed)
     params = jax.jit(lambda k: encoder.init_params(key=k))(key)
-    folder = options.identity_net or judges.ARCFACE
+    resnet = encoder.blocks == "resnet"
+    usual = RESNET if resnet else options.identity_net or judges.ARCFACE
+    folder = options.trunk_net or usual
     try:
         model, other = weights.load(folder)
     except UserError:
-        model = {}
-    judge = model["identity"] if "identity" in model else None
-    shape = (encoder.units, encoder.channels, encoder.se_ratio)
-    if not isinstance(judge, ArcFace) or shape != (
-        judge.units,
-        judge.channels,
-        judge.se_ratio,
-    ):
-        print("encoder: new, from random weights (published: the ArcFace trunk)")
+        if options.trunk_net:
+            raise
+        model, other = {}, {}
+    found = resnet_trunk(model, other) if resnet else arcface_trunk(model, other)
+    shapes = functools.partial(jax.tree.map, jnp.shape)
+    body = {k: v for k, v in params.items() if k.startswith("body_")}
+    if found is None or shapes(body) != shapes({k: found.get(k) for k in body}):
+        if options.trunk_net:
+            raise UserError(
+                f"--trunk-net is {folder!r}; its trunk has other shapes than the "
+                f"encoder's {options.encoder_blocks} blocks"
+            )
+        name = "torchvision's ResNet-34" if resnet else "the ArcFace trunk"
+        print(f"encoder: new, from random weights (published: {name})")
         return params
     print(f"encoder: new, its trunk from {folder}")
-    trunk = {k: v for k, v in other["identity"].items() if k.startswith("body_")}
+    trunk = {k: found[k] for k in body}
+    layer = params["input"] | found["input"]
     if encoder.in_channels == 3:
-        trunk["input"] = other["identity"]["input"]
+        trunk["input"] = layer
     elif options.restyle and encoder.in_channels == 6:
         # ReStyle's start: the picture's half pretrained, the other N(0, 1).
-        layer = other["identity"]["input"]
         half = jax.random.normal(jax.random.fold_in(key, 1), layer["conv"].shape)
         trunk["input"] = layer | {"conv": jnp.concatenate([layer["conv"], half], 2)}
     return params | trunk
+
+
+def arcface_trunk(model: Mapping[str, nn.Module], params: Mapping[str, Any]) -> Any:
+    """ArcFace's layers by an encoder's names, or None where there is none."""
+    name = next((n for n in model if isinstance(model[n], ArcFace)), None)
+    return name and params[name]
+
+
+def resnet_trunk(model: Mapping[str, nn.Module], params: Mapping[str, Any]) -> Any:
+    """A ResNet's layers by an encoder's names, or None where there is none.
+
+    Only of those with two convolutions a block: 18 and 34.
+    """
+    name = next((n for n in model if isinstance(model[n], ResNet)), None)
+    if name is None or model[name].bottleneck:
+        return None
+    found = {"input": params[name]["input"]}
+    for key, block in params[name].items():
+        if not key.startswith("block_"):
+            continue
+        layers = {}
+        for n in (1, 2):
+            layers[f"conv{n}"] = block[f"layer_{n - 1}"]["conv"]
+            layers[f"norm{n}"] = block[f"layer_{n - 1}"]["norm"]
+        if "shortcut" in block:
+            layers["shortcut"] = block["shortcut"]
+        found[key.replace("block", "body")] = layers
+    return found
 
 
 def make_optimizers(options: EncodingOptions) -> dict[str, Any]:
@@ -458,6 +535,28 @@ def make_optimizers(options: EncodingOptions) -> dict[str, Any]:
         tx = optim.adam(options.lr, (0.9, 0.999))
     names = ["encoder"] + ["generator"] * options.train_decoder
     return {name: optim.frozen(tx, NOT_TRAINED) for name in names}
+
+
+def begin(options: EncodingOptions, state: TrainState, steps: int) -> TrainState:
+    """A fresh state at the iteration that the options ask for.
+
+    Args:
+      options: `resume`, `first_step`.
+      state: fresh.
+      steps: iterations in all.
+
+    Raises:
+      UserError: both options, no iterations left, or see `resume.resume`.
+    """
+    first = options.first_step
+    if first < 0 or first >= steps:
+        raise UserError(f"--first-step is {first}; it must be from 0 to below --steps")
+    if not options.resume:
+        return state.replace(step=jnp.asarray(first, jnp.int32))
+    if first:
+        raise UserError("--first-step is given with --resume, which knows the step")
+    folder = options.start or options.weights
+    return resume.resume(state, folder, options.optimizer, steps)
 
 
 def update(
@@ -671,7 +770,7 @@ def make_validate(
             left -= batch
         stream.close()
         means = {name: value / count for name, value in sums.items()}
-        loss = sum(setup.lambdas[name] * value for name, value in means.items())
+        loss = total(setup.lambdas, means)
         return {"val_loss": loss} | {f"val_{k}": v for k, v in means.items()}
 
     return validate

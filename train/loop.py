@@ -123,7 +123,7 @@ def fit(
         if resumed is not None:
             log.say(f"continuing {folder} at step {begin} of {run.steps}")
         elif draw:
-            log.samples(0, np.asarray(draw(state, frozen)))
+            log.samples(begin, np.asarray(draw(state, frozen)))
         if begin < run.steps and jax.process_index() == 0:
             # A run that goes on is not finished.
             (folder / "summary.json").unlink(missing_ok=True)

@@ -161,7 +161,9 @@ def losses(
     setup: Setup, params: Any, frozen: Any, batch: Mapping[str, Array], passed: Passed
 ) -> dict[str, Array]:
     """All losses with a weight, one value a sample."""
-    terms = encoding.picture_losses(setup, frozen, passed.image, batch["image"])
+    terms = encoding.picture_losses(
+        setup, frozen, passed.image, batch["image"], batch.get("input")
+    )
     if setup.lambdas.get("w_norm"):
         average = 0.0
         if setup.encoder.start_from_w_avg:
@@ -192,7 +194,7 @@ def loss_fn(
     passed = encoding.run(setup, params, x, before=before, train=True, **noise)
     terms = losses(setup, params, frozen, batch, passed)
     means = {name: jnp.mean(value) for name, value in terms.items()}
-    return encoding.total(setup.lambdas, terms), (means, passed)
+    return encoding.total(setup.lambdas, means), (means, passed)
 
 
 def generate(setup: Setup, params: Any, key: Array, batch: int) -> dict[str, Array]:
@@ -229,8 +231,7 @@ def make_step(options: Options, setup: Setup, optimizers: Mapping[str, Any]):
             loss, *arguments, frozen, batch, state.key
         )
         state = encoding.update(state, optimizers, grads, stats)
-        loss_value = sum(setup.lambdas[name] * value for name, value in terms.items())
-        return state, {"loss": loss_value} | terms
+        return state, {"loss": encoding.total(setup.lambdas, terms)} | terms
 
     return step
 
@@ -323,9 +324,10 @@ def train(options: Options, mesh: Any) -> TrainState:
         passed = encoding.evaluate(setup, params, x, common.restyle)
         return losses(setup, params, frozen, batch, passed)
 
+    state = create_state(params, optimizers, key=jax.random.key(run.seed))
     return loop.fit(
         options,
-        create_state(params, optimizers, key=jax.random.key(run.seed)),
+        encoding.begin(common, state, run.steps),
         frozen,
         [(1, make_step(options, setup, optimizers))],
         batches,

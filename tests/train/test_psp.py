@@ -114,11 +114,12 @@ def check_step(original, expected, name, bound=1e-4):
 
     before = params["encoder"]
     grads, terms, after, _ = step(params, frozen, {"image": images()}, tx.init(before))
-    total = sum(lambdas[k] * v for k, v in terms.items())
+    total = encoding.total(lambdas, terms)
     np.testing.assert_allclose(total, expected[f"{name}/loss"], rtol=2e-5, atol=2e-5)
-    theirs = {"similarity": "moco"}
+    improve = "id_improve" if "id" in terms else "similarity_improve"
+    theirs = {"similarity": "loss_moco", improve: "id_improve"}
     for term, value in terms.items():
-        wanted = expected[f"{name}/loss_{theirs.get(term, term)}"]
+        wanted = expected[f"{name}/{theirs.get(term, f'loss_{term}')}"]
         tolerance = {"rtol": 2e-5} if "lpips" in term or term == "w_norm" else {}
         np.testing.assert_allclose(
             value, wanted, **{"rtol": 0, "atol": 2e-5} | tolerance
