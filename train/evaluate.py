@@ -151,8 +151,8 @@ class Options:
     """Identity network that measures; empty: as in train.jojo."""
     seed: int = 0
     """Seed of the inversions and the trainings."""
-    sheet_heads: int = 4
-    """Heads on the sheet, for each style."""
+    sheet_heads: tuple[int, ...] = (0, 1, 2, 3)
+    """Heads on the sheet, in each style: numbers from 0, below --n."""
     sheet_to: Path | None = None
     """Write the sheet here too."""
     out: Path = Path("runs/evaluate")
@@ -519,12 +519,13 @@ def write_sheet(options: Options, photos, styles, drawn, labels) -> None:
       drawn: for each style the pictures of each rival and method.
       labels: their names.
     """
-    count, cells, names = min(options.sheet_heads, len(photos)), [], []
+    shown = [i for i in options.sheet_heads if i < len(photos)]
+    cells, names = [], []
     for style, rows in zip(styles, drawn, strict=True):
         truths = np.ones_like(photos) if style.truths is None else style.truths
-        for i in range(count):
+        names += [style.name] + [""] * (len(shown) - 1)
+        for i in shown:
             cells += [photos[i], truths[i], *(row[i] for row in rows)]
-            names.append(style.name if i == 0 else "")
     columns = ["photo", "truth", *labels]
     grid = images.grid(cells, len(columns), column_labels=columns, row_labels=names)
     images.save_image(options.out / "sheet.jpg", grid)
@@ -600,10 +601,10 @@ def main(args: list[str] | None = None) -> None:
     use_compilation_cache()
     if options.n < 2:
         raise UserError(f"--n is {options.n}; identity needs at least 2 heads")
-    if options.sheet_heads < 1:
-        raise UserError(
-            f"--sheet-heads is {options.sheet_heads}; it must be at least 1"
-        )
+    shown = options.sheet_heads
+    if not 0 <= min(shown, default=-1) < options.n:
+        given = " ".join(map(str, shown))
+        raise UserError(f"--sheet-heads is {given!r}; give numbers from 0, below --n")
     if min(options.sweep_values, default=-1) < 0:
         given = " ".join(f"{v:g}" for v in options.sweep_values)
         raise UserError(

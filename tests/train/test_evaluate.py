@@ -89,7 +89,7 @@ def test_a_small_table(tmp_path, capsys):
     judge = ArcFace(16, units=(1, 1), channels=(4, 8), se_ratio=2, width=8)
     judge_params = {"identity": judge.init_params(key=jax.random.key(0))}
     weights.save(tmp_path / "judge", {"identity": judge}, judge_params)
-    args += ["--sweep", "id-lambda", "--sweep-values", 0.5, "--sheet-heads", 1]
+    args += ["--sweep", "id-lambda", "--sweep-values", 0.5, "--sheet-heads", 1, 5]
     args += ["--identity-net", tmp_path / "judge", "--sheet-to", tmp_path / "grid.jpg"]
     extra = f"--steps 2 --inversion mean --identity-net {tmp_path / 'judge'}"
     args += [f"--extra={extra}", "--out", tmp_path / "out"]
@@ -121,7 +121,7 @@ def test_wrong_options_are_named(tmp_path, capsys):
         evaluate.draw_heads(options)
     with pytest.raises(UserError, match="--styles"):
         evaluate._chosen("oil", evaluate.STYLES, "--styles")
-    for flag, value in (("--n", 1), ("--sheet-heads", 0), ("--sweep-values", -1)):
+    for flag, value in (("--n", 1), ("--sheet-heads", 20), ("--sweep-values", -1)):
         with pytest.raises(SystemExit):
             evaluate.main([flag, str(value)])
         assert f"{flag} is" in capsys.readouterr().err

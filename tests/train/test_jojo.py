@@ -204,6 +204,9 @@ def small_run(
         codes,
         identity_params,
     )
+    assert {"base", "identity"} & frozen.keys() == (
+        {"base", "identity"} if options.id_lambda else set()
+    )
     if options.id_lambda:
         # As later in a training: at its start both draw the same, and the loss is 0.
         frozen["base"] = GENERATOR.init_params(key=jax.random.key(5))
