@@ -14,8 +14,10 @@ import numpy as np
 
 from convert import (
     clip,
+    dualstylegan,
     encoder,
     features,
+    npy,
     nvidia,
     pt,
     states,
@@ -41,6 +43,7 @@ LICENCES = {
     "arcface": "MIT (TreB1eN) for the code; the faces it learned from have their terms",
     "resnet": "torchvision's: BSD-3; MoCo's: CC BY-NC 4.0 (Meta), non-commercial",
     "codes": "that of the picture and of the generator it belongs to",
+    "dual": f"S-Lab License 1.0, non-commercial (DualStyleGAN); the base, {FFHQ_TERMS}",
 }
 # Entries of training checkpoints that no network here is made of.
 IGNORED = {
@@ -71,7 +74,8 @@ def load(
     """Networks and parameters of an original file.
 
     Args:
-      path: a file of torch.save (both formats) or an NVIDIA pickle.
+      path: a file of torch.save (both formats), an NVIDIA pickle, or a dictionary of
+        codes (.npy).
       kind: `psp` or `e4e` for an encoder whose file does not tell.
       heads: for a trunk of torchvision, the lpips package's file of LPIPS heads.
       activation: `quick_gelu` or `gelu` for a CLIP whose file does not tell.
@@ -91,17 +95,24 @@ def load(
     data = pt.open_file(path)
     report = Report()
     try:
-        container = states.container(data) or pt.container(data)
-        if container in ("safetensors", "msgpack"):
-            value = clip.arrays(data)
-        elif container == "pickle":
-            value = nvidia.read(data)
-        else:
-            value = pt.parse(data, pt.tensor_functions(len(data)))
-        if container in ("safetensors", "msgpack") or clip.is_clip(value):
-            networks, params = clip.found(value, path, activation, report)
-        else:
-            networks, params = _recognise(value, kind, heads, report)
+        match states.container(data) or pt.container(data):
+            case "safetensors" | "msgpack":
+                state = clip.arrays(data)
+                networks, params = clip.found(state, path, activation, report)
+            case "npy":
+                name = os.path.basename(os.fspath(path))
+                networks, params = dualstylegan.exemplars(
+                    {dualstylegan.codes_of(name): npy.read(data)}, report
+                )
+                report.kind, report.licence = "DualStyleGAN codes", LICENCES["codes"]
+            case "pickle":
+                networks, params = _recognise(nvidia.read(data), kind, heads, report)
+            case _:
+                value = pt.parse(data, pt.tensor_functions(len(data)))
+                if clip.is_clip(value):
+                    networks, params = clip.found(value, path, activation, report)
+                else:
+                    networks, params = _recognise(value, kind, heads, report)
         weights.check_params(networks, params, "the file")
     except UserError as e:
         raise UserError(f"{os.fspath(path)}: {e}") from None
@@ -127,6 +138,10 @@ def _recognise(value: Any, kind: str | None, heads: Any, report: Report):
     if heads is not None:
         raise UserError("--heads is given, but it holds no AlexNet or VGG-16")
     value = _bare(value)
+    if dualstylegan.is_sampler(value):
+        return _sampler(value, report)
+    if any(dualstylegan.is_dual(value.get(k)) for k in ("g_ema", "g")):
+        return _dual(value, report)
     if isinstance(value.get("latent"), np.ndarray):
         return _codes(value, report)
     if isinstance(value.get("state_dict"), dict):
@@ -170,6 +185,8 @@ def _bare(value: Mapping[str, Any]) -> dict[str, Any]:
         return {"state_dict": state}
     if "input.input" in state:
         return {"g": state}
+    if dualstylegan.is_dual(state):
+        return {"g_ema": state}
     if "final_linear.0.weight" in state:
         return {"d": state}
     if encoder.is_encoder(state):
@@ -219,6 +236,54 @@ def _rosinality(value, report):
         )
     else:
         report.missing.append(NO_DISCRIMINATOR)
+    return networks, params
+
+
+def _dual(value, report):
+    """DualStyleGAN's `generator.pt` and its training checkpoints."""
+    names = [k for k in ("g_ema", "g") if isinstance(value.get(k), dict)]
+    report.kind = "DualStyleGAN checkpoint" if "g" in names else "DualStyleGAN style"
+    report.licence = LICENCES["dual"]
+    states = [dualstylegan.split(_stripped(value[k])) for k in names]
+    inner, rest = states[0]
+    generator, base = stylegan2.generator(inner, report)
+    base["w_avg"] = stylegan2.average_latent(None, generator, base, report)
+    module, params = dualstylegan.dual(rest, generator, report)
+    networks = {"generator": generator, "dual": module}
+    found = {"generator": base, "dual": params}
+    if len(states) > 1:
+        # Stage 3 goes on from the raw weights, not from their average.
+        networks["dual_trained"], found["dual_trained"] = dualstylegan.dual(
+            states[1][1], generator, report, "dual_trained"
+        )
+        other = states[1][0]
+        if any(not np.array_equal(v, other.get(k)) for k, v in inner.items()):
+            report.notes.append(
+                "the base generators of g_ema and g differ; that of g_ema is taken"
+            )
+    dualstylegan.note_structure(params, found.get("dual_trained"), report)
+    if isinstance(value.get("d"), dict):
+        networks["discriminator"], found["discriminator"] = stylegan2.discriminator(
+            _stripped(value["d"]), report
+        )
+    else:
+        report.missing.append(
+            "no discriminator: to train on, take generator-pretrain.pt"
+        )
+    _ignore(value, {*names, "d"}, report)
+    return networks, found
+
+
+def _sampler(value, report):
+    """DualStyleGAN's `sampler.pt`."""
+    report.kind, report.licence = "DualStyleGAN sampler", LICENCES["dual"]
+    networks, params = {}, {}
+    for part in dualstylegan.PARTS:
+        name = f"sampler_{part}"
+        networks[name], params[name] = dualstylegan.sampler(
+            _stripped(value[part]), part, report
+        )
+    _ignore(value, set(dualstylegan.PARTS), report)
     return networks, params
 
 
@@ -414,13 +479,21 @@ def _codes(value, report):
 def to_pt(networks: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """Our networks as the object of an original file.
 
-    With an encoder the layout of pSp and e4e (`state_dict`, `latent_avg`, `opts`),
-    else rosinality's (`g_ema`, `d`, `latent_avg`).
+    Of a DualStyleGAN style its `generator.pt` (`g_ema`, `g`, `d`) alone, of a sampler
+    `sampler.pt`; with an encoder the layout of pSp and e4e (`state_dict`, `latent_avg`,
+    `opts`), else rosinality's (`g_ema`, `d`, `latent_avg`).
 
     Raises:
       UserError: none of the networks has an original layout.
     """
     networks, params = dict(networks), jax.tree.map(np.asarray, dict(params))
+    if "dual" in networks:
+        return _dual_pt(networks, params)
+    if "sampler_color" in networks:
+        return {
+            part: dualstylegan.sampler_state(params[f"sampler_{part}"])
+            for part in dualstylegan.PARTS
+        }
     g, d, e = (networks.get(n) for n in ("generator", "discriminator", "encoder"))
     if g is d is e is None:
         raise UserError(f"{listed(networks)}: none of these has a PyTorch layout")
@@ -450,4 +523,18 @@ def to_pt(networks: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
         value["discriminator_state_dict"] = encoder.latent_discriminator_state(
             critic, params["latent_discriminator"]
         )
+    return value
+
+
+def _dual_pt(networks, params):
+    """A DualStyleGAN's checkpoint."""
+    base = stylegan2.generator_state(networks["generator"], params["generator"])
+    base = {f"generator.{k}": v for k, v in base.items()}
+    value = {
+        key: base | dualstylegan.dual_state(networks[name], params[name])
+        for key, name in (("g_ema", "dual"), ("g", "dual_trained"))
+        if name in networks
+    }
+    if d := networks.get("discriminator"):
+        value["d"] = stylegan2.discriminator_state(d, params["discriminator"])
     return value

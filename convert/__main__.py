@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 import convert
-from convert import clip, pt
+from convert import clip, pt, style
 from jaxstyle import weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
@@ -23,18 +23,26 @@ class Options:
     FILE may be a .pt or .pth file of rosinality's StyleGAN2, JoJoGAN, StyleGAN-NADA,
     pSp or e4e, inverted codes, an editing direction, a judge (torchvision's AlexNet,
     VGG or ResNet, ArcFace's model_ir_se50.pth, MoCo's ResNet-50), or a .pkl of
-    NVIDIA's stylegan2-ada-pytorch. A CLIP model is OpenAI's ViT-B-32.pt, a folder of
-    Hugging Face's, or a file of one. No code in any of them is ever run.
+    NVIDIA's stylegan2-ada-pytorch. A DualStyleGAN style is a folder (checkpoint/cartoon
+    with generator.pt and the files beside it), or generator.pt and the others --with
+    it. A CLIP model is OpenAI's ViT-B-32.pt, a folder of Hugging Face's, or a file of
+    one. No code in any of them is ever run.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """File to read; with --to pt, a network folder or run of ours."""
+    """File to read, or folder of a DualStyleGAN style; with --to pt, a network folder
+    or run of ours."""
     out: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = (
         None
     )
     """Network folder to write; a .npz file for codes and directions; a .pt file."""
     check: bool = False
     """Only list what the file holds; write nothing."""
+    more: Annotated[
+        tuple[str, ...], tyro.conf.arg(name="with", metavar="FILE ...")
+    ] = ()
+    """Further files of a DualStyleGAN style for the same folder: finetune-000600.pt,
+    encoder.pt, encoder_wplus.pt, sampler.pt, *_code.npy."""
     to: Literal["folder", "pt"] = "folder"
     """`pt` writes a folder of ours in the original layout."""
     kind: Literal["psp", "e4e"] | None = None
@@ -60,12 +68,18 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{options.out} exists already; --force replaces it")
     if options.to == "pt":
         return _to_pt(options)
-    networks, params, report = convert.load(
-        options.file,
-        kind=options.kind,
-        heads=options.heads,
-        activation=options.activation,
-    )
+    folder = os.path.isdir(options.file) and not clip.is_folder(options.file)
+    if options.more or folder:
+        if options.kind or options.heads:
+            raise UserError("--kind and --heads are for a single file")
+        networks, params, report = style.load([options.file, *options.more])
+    else:
+        networks, params, report = convert.load(
+            options.file,
+            kind=options.kind,
+            heads=options.heads,
+            activation=options.activation,
+        )
     print(*report.lines(), sep="\n")
     if options.check:
         return None

@@ -94,6 +94,16 @@ class Record(dict):
     """The attributes of an object whose class we do not have, as a dict."""
 
 
+class Stated(list):
+    """An object that only its state describes: the state as its one item.
+
+    Attributes:
+      about: what else a function noted when it made it.
+    """
+
+    about: str | None = None
+
+
 def damaged(why: str) -> UserError:
     """The error for bytes that are no pickle, or one of a kind nobody writes."""
     return UserError(f"its pickle is damaged: {why}")
@@ -323,7 +333,11 @@ def _run(data, position, functions, persistent):
                 stack.append(call(function, arguments))
             case "b":
                 state = stack.pop()
-                if not isinstance(stack[-1], dict):
+                if type(stack[-1]) is Stated:
+                    if stack[-1] or type(state) is not tuple:
+                        raise damaged("a state that is no tuple, or a second one")
+                    stack[-1].append(state)
+                elif not isinstance(stack[-1], dict):
                     # Only numpy.dtype hands over a state that is no dict; it repeats
                     # the byte order, which its function has fixed already.
                     if not isinstance(stack[-1], str) or type(state) is not tuple:

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert import pickles, zips
+from convert import npy, pickles, zips
 from convert.pickles import Call, Global, Persistent, Record
 from jaxstyle.errors import UserError
 
@@ -72,7 +72,7 @@ def open_file(path: str | os.PathLike) -> memoryview:
 
 
 def container(data: memoryview) -> str:
-    """What the first bytes say: `zip`, `legacy`, `pickle`.
+    """What the first bytes say: `zip`, `legacy`, `pickle`, `npy`.
 
     Raises:
       UserError: none of them.
@@ -80,6 +80,8 @@ def container(data: memoryview) -> str:
     head = bytes(data[:64])
     if head.startswith(b"PK"):
         return "zip"
+    if head.startswith(npy.MAGIC):
+        return "npy"
     if re.match(_LEGACY_START, head, re.DOTALL):
         return "legacy"
     if head[:1] == b"\x80":
@@ -106,8 +108,8 @@ def read(path: str | os.PathLike) -> Any:
     """
     data = open_file(path)
     try:
-        if container(data) == "pickle":
-            raise UserError("it is a plain pickle, not a file of torch.save")
+        if container(data) in ("pickle", "npy"):
+            raise UserError("it is no file of torch.save")
         return parse(data, tensor_functions(len(data)))
     except UserError as e:
         raise UserError(f"{path}: {e}") from None

@@ -18,6 +18,7 @@ class Report:
       ignored: what was not, and why.
       missing: what the file lacks and what that prevents.
       notes: anything else a user should know.
+      more: further metadata of the network folder.
       training: arrays to go on training from, see `convert.training`.
     """
 
@@ -28,6 +29,7 @@ class Report:
     ignored: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -41,7 +43,7 @@ class Report:
 
     def metadata(self) -> dict:
         """What is kept in the network folder's config."""
-        return {
+        return self.more | {
             "source": {**self.source, "kind": self.kind, "licence": self.licence},
             "conversion": {"missing": self.missing, "notes": self.notes},
         }

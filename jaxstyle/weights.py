@@ -43,6 +43,9 @@ KINDS = {
     "backbone_w_encoder": "jaxstyle.encoders:BackboneWEncoder",
     "backbone_w_plus_encoder": "jaxstyle.encoders:BackboneWPlusEncoder",
     "latent_discriminator": "jaxstyle.encoders:LatentDiscriminator",
+    "dualstylegan": "jaxstyle.dualstylegan:DualStyleGAN",
+    "exemplars": "jaxstyle.exemplars:Exemplars",
+    "exemplar_sampler": "jaxstyle.exemplars:Sampler",
     "lpips": "jaxstyle.features.lpips:LPIPS",
     "vgg": "jaxstyle.features.vgg:VGG",
     "arcface": "jaxstyle.features.identity:ArcFace",
@@ -90,7 +93,7 @@ def module_config(module: nn.Module) -> dict[str, Any]:
     fields = {
         f.name: getattr(module, f.name)
         for f in dataclasses.fields(module)
-        if f.name not in ("parent", "name", "dtype")
+        if f.name not in ("parent", "name", "dtype", "remat")
     }
     return {"kind": kind} | fields
 

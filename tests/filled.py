@@ -4,7 +4,10 @@ The golden files hold outputs of the original PyTorch code on weights that nobod
 ships: every array of a state dict is drawn from a seed made of a prefix and its key.
 `golden/manifests/*.json` list for each network one row per key:
 `[key, shape, dtype, fill, crc32]`, shapes and orders as in PyTorch, `fill` being
-`["normal", scale, offset]`, `["uniform", low, high]` or `["const", text]`.
+`["normal", scale, offset]`, `["uniform", low, high]` or `["const", text]`; besides
+`["plus", scale, offset]` (an offset of 0 is added too: it makes 0.0 of -0.0), `["abs",
+scale, offset]` (of the absolute draw), `["eye", scale, value]` (that much of
+the identity added) and `["half", scale, offset]` (the offset in the first half only).
 """
 
 import functools
@@ -41,6 +44,15 @@ def fill_array(prefix, key, shape, dtype, fill):
         array = scale * draw(prefix, key, shape)
         # Adding 0 would turn a drawn -0.0 into 0.0 and change the checksum.
         return array + offset if offset else array
+    if kind in ("plus", "abs", "eye", "half"):
+        scale, value = np.float32(values)
+        array = draw(prefix, key, shape)
+        array = (np.abs(array) if kind == "abs" else array) * scale
+        if kind == "eye":
+            return array + value * np.eye(shape[0], dtype=np.float32)
+        rows = slice(shape[0] // 2 if kind == "half" else None)
+        array[rows] += value
+        return array
     if kind == "uniform":
         low, high = values
         uniform = generator_for(prefix, key).random(size=shape, dtype=np.float32)
@@ -49,6 +61,8 @@ def fill_array(prefix, key, shape, dtype, fill):
     if taps:
         row = np.array([1, 3, 3, 1], np.float32)
         return np.outer(row, row) / np.float32(64) * np.float32(taps[1])
+    if values[0].startswith("["):
+        return np.array(json.loads(values[0]), dtype).reshape(shape)
     return np.full(shape, int(values[0]), dtype)
 
 
