@@ -4,6 +4,7 @@ This is the only place where pictures are 8 bit. Everywhere else a picture is a 
 array [height, width, 3] (a batch: [batch, height, width, 3]) with values in [-1, 1].
 """
 
+import collections
 import io
 import os
 import re
@@ -21,7 +22,7 @@ MAX_PIXELS = 100_000_000
 
 # Only plain raster formats: Pillow would also start external programs (EPS).
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF")
-_SUFFIXES = {
+SUFFIXES = {
     ".png": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -231,12 +232,12 @@ def save_image(path, image):
 def image_format_of(path):
     """Pillow's format name for the suffix of `path`; `UserError` if there is none."""
     suffix = epath.Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise UserError(
             f"cannot save {path}: unknown picture suffix {suffix!r}; "
-            f"use one of {', '.join(_SUFFIXES)}"
+            f"use one of {', '.join(SUFFIXES)}"
         )
-    return _SUFFIXES[suffix]
+    return SUFFIXES[suffix]
 
 
 def image_files(path):
@@ -250,7 +251,7 @@ def image_files(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such picture or folder")
-    known = set(_SUFFIXES) | _OTHER_READABLE_SUFFIXES
+    known = set(SUFFIXES) | _OTHER_READABLE_SUFFIXES
     files = [
         file
         for file in path.iterdir()
@@ -264,6 +265,19 @@ def image_files(path):
             "are not searched"
         )
     return sorted(files, key=lambda file: natural_key(file.name))
+
+
+def file_names(paths):
+    """A name for each picture in the names of other files: mostly the stem.
+
+    a.jpg and a.png of one folder become a-jpg and a-png, not to overwrite each other.
+    """
+    paths = [Path(path) for path in paths]
+    alike = collections.Counter(path.stem for path in paths)
+    return [
+        path.stem if alike[path.stem] == 1 else path.name.replace(".", "-")
+        for path in paths
+    ]
 
 
 def natural_key(name):

@@ -15,16 +15,26 @@ pulls are measured in standard deviations of w, so the defaults fit any generato
 - `--space z`: a code of the mapping network's input.
 
 By an encoder (pSp, e4e): one pass, no steps; ReStyle's refine their code `--restyle`
-times.
+times. One of drawings or of label maps takes those instead of photos; `--factors 4 8`
+shows a photo made smaller to one of super-resolution.
 
-Writes an .npz with `w_plus` [n, num_ws, w_dim] (and `w` or `z` where the search was in
-it), for `python -m jaxstyle.generate --codes`, and a picture of each code.
+    python -m jaxstyle.invert sketches/ --encoder runs/sketch --mix-rows fine --seeds 0-4
+    python -m jaxstyle.invert me.jpg --encoder weights/e4e --edit age:+3 smile:-1
+    python -m jaxstyle.invert photos/ --encoder weights/psp --target photos/
+
+Of each photo OUT gets NAME-inverted.png, and for each of `--seeds` mixed in, or for the
+edits, NAME-LABEL.png. The codes `w_plus` [n, num_ws, w_dim] (and `w` or `z` where the
+search was in it) and the `names` are in codes.npz, those of the other outputs in
+codes-LABEL.npz, for `python -m jaxstyle.generate --codes`. `--target` measures the
+outputs against pictures (at 256 px, as published) and writes metrics.json.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,7 +46,7 @@ from etils import epath
 from jax import Array
 from tqdm import tqdm
 
-from jaxstyle import images, pipeline, weights
+from jaxstyle import edits, images, inputs, masks, metrics, pipeline, weights
 from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.encoders import encode, refine
@@ -49,6 +59,8 @@ LPIPS_SIZES = (128, 256)
 CANDIDATES = 64
 FRAMES = 60
 RESTYLE = 5
+CROP_SIZE = 256
+INVERSION = "inversion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,12 +292,37 @@ def optimize(
     return out | {"loss": losses}
 
 
-def load_encoder(path: str, generator: Generator) -> tuple[nn.Module, Params, str]:
-    """An encoder that fits a generator, its parameters, and the space of its codes.
+class Encoder(NamedTuple):
+    """An encoder that fits a generator.
+
+    Attributes:
+      module, params: the network.
+      space: of its codes, `w_plus` or `z_plus`.
+      inputs: what it reads: photo, sketch or labels.
+      where: the folder it comes from.
+    """
+
+    module: nn.Module
+    params: Params
+    space: str
+    inputs: str
+    where: str
+
+    @property
+    def refines(self) -> bool:
+        """Whether it is one of ReStyle's: it also sees what the codes so far give."""
+        return self.module.in_channels == 6 and self.inputs == "photo"
+
+
+# Names of tasks and of inputs in a run's metadata; the rest shows in the channels.
+_LABELS = ("labels", "celebs_seg_to_face")
+
+
+def load_encoder(path: str, generator: Generator) -> Encoder:
+    """An encoder for a generator.
 
     Raises:
-      UserError: no encoder there, one of another number of rows or width, or one that
-        reads no photos.
+      UserError: no encoder there, or one of another number of rows or width.
     """
     model, params = weights.load(path)
     encoder = model.encoder
@@ -295,18 +332,20 @@ def load_encoder(path: str, generator: Generator) -> tuple[nn.Module, Params, st
             f"{generator.size} px generator takes {generator.num_ws} of "
             f"{generator.w_dim}: use the encoder trained for it, or --encoder optimize"
         )
-    if encoder.in_channels not in (3, 6):
-        raise UserError(
-            f"encoder {path} reads {encoder.in_channels} channels, not photos"
-        )
-    space = weights.read_config(path)["metadata"].get("space", "w_plus")
-    return encoder, params["encoder"], space
+    metadata = weights.read_config(path)["metadata"]
+    task = metadata.get("inputs") or metadata.get("task")
+    if task in _LABELS or encoder.in_channels not in (1, 3, 6):
+        inputs = "labels"
+    else:
+        inputs = "sketch" if encoder.in_channels == 1 else "photo"
+    space = "z_plus" if metadata.get("space") == "z_plus" else "w_plus"
+    return Encoder(encoder, params["encoder"], space, inputs, path)
 
 
 @partial(jax.jit, static_argnames=("encoder", "generator", "space", "restyle"))
 def _encode(encoder, values, generator, params, x, *, space, restyle):
-    """Pictures at the encoder's size to w+; six channels make it one of ReStyle's."""
-    if encoder.in_channels == 6:
+    """Pictures at the encoder's size to w+; `restyle` above 0 refines them."""
+    if restyle:
         return refine(encoder, values, generator, params, x, restyle)
     codes = encode(encoder, values, x)
     if space != "z_plus":
@@ -316,12 +355,52 @@ def _encode(encoder, values, generator, params, x, *, space, restyle):
     return rows.reshape(codes.shape)
 
 
+def encode_pictures(
+    encoder: Encoder,
+    generator: Generator,
+    params: Params,
+    pictures: Array,
+    *,
+    restyle: int = RESTYLE,
+    batch: int = 4,
+) -> np.ndarray:
+    """Codes of pictures by an encoder.
+
+    Args:
+      encoder: see `load_encoder`.
+      generator: the architecture.
+      params: its parameters.
+      pictures: [n, h, h, channels] as the encoder reads them; see `jaxstyle.inputs`.
+      restyle: refinements, if it is one of ReStyle's.
+      batch: pictures at a time.
+
+    Returns:
+      w_plus [n, num_ws, w_dim].
+
+    Raises:
+      UserError: photos for an encoder that reads something else.
+    """
+    wanted = 3 if encoder.refines else encoder.module.in_channels
+    if pictures.shape[-1] != wanted:
+        raise UserError(
+            f"encoder {encoder.where} reads {encoder.inputs}, {wanted} channels, not "
+            f"pictures of {pictures.shape[-1]}"
+        )
+    run = partial(_encode, encoder.module, encoder.params, generator, params)
+    steps = restyle if encoder.refines else 0
+    return pipeline.in_batches(
+        lambda x: run(x, space=encoder.space, restyle=steps),
+        resize(jnp.asarray(pictures, jnp.float32), encoder.module.size),
+        batch,
+    )
+
+
 def invert(
     generator: Generator,
     params: Params,
     pictures: Array,
     *,
-    encoder: str = "optimize",
+    encoder: str | Encoder = "optimize",
     restyle: int = RESTYLE,
     search: Search = DEFAULT,
     key: Array,
@@ -334,8 +413,9 @@ def invert(
     Args:
       generator: the architecture.
       params: its parameters.
-      pictures: [n, h, h, 3] in [-1, 1]; resized to what is needed.
-      encoder: `optimize`, or the folder of an encoder.
+      pictures: [n, h, h, 3] in [-1, 1]; resized to what is needed. For an encoder
+        of drawings or label maps what that reads.
+      encoder: `optimize`, or an encoder or its folder.
       restyle: refinements, if it is one of ReStyle's.
       search: options of the optimisation.
       key: its random key.
@@ -346,19 +426,16 @@ def invert(
     Returns:
       What `optimize` does; of an encoder `w_plus` and `images`.
     """
-    pictures = jnp.asarray(pictures, jnp.float32)
     if encoder != "optimize":
-        module, values, space = load_encoder(encoder, generator)
-        run = partial(_encode, module, values, generator, params)
-        w_plus = pipeline.in_batches(
-            lambda x: run(x, space=space, restyle=restyle),
-            resize(pictures, module.size),
-            batch,
+        if isinstance(encoder, str):
+            encoder = load_encoder(encoder, generator)
+        w_plus = encode_pictures(
+            encoder, generator, params, pictures, restyle=restyle, batch=batch
         )
         drawn = pipeline.pictures(generator, params, w_plus, batch=batch)
         return {"w_plus": w_plus, "images": drawn}
     model, judge_params = weights.load(search.lpips)
-    pictures = resize(pictures, generator.size)
+    pictures = resize(jnp.asarray(pictures, jnp.float32), generator.size)
     # Even batches, the last one filled up: one compilation.
     n = len(pictures)
     batch = -(-n // -(-n // batch))
@@ -388,17 +465,41 @@ class Options:
     """Options of jaxstyle.invert."""
 
     photo: tyro.conf.Positional[Path]
-    """A photo, or a folder of photos."""
+    """A photo, or a folder of photos; for an encoder of drawings or label maps those
+    (PNG, the classes as grey values or palette indices)."""
     weights: str = weights.DEFAULT
     """The generator: a name we ship, a converted folder, or a run."""
     encoder: str = "optimize"
     """An encoder's folder, or `optimize`, which needs none."""
-    restyle: int = RESTYLE
-    """Refinements of an encoder of ReStyle's."""
+    restyle: int | None = None
+    """Refinements of an encoder of ReStyle's; 5 if not given."""
+    factors: tuple[int, ...] = ()
+    """Super-resolution: make each photo smaller by these factors first; each gives an
+    output of its own."""
+    nearest_labels: bool = False
+    """Resize label maps without mixing their numbers (published: mixed)."""
+    mix_rows: str = ""
+    """Style mixing: rows of the code that come from random ones: coarse, middle, fine,
+    or numbers such as 8-17."""
+    mix_alpha: float = 1.0
+    """Share of the random code in those rows."""
+    seeds: str = "0"
+    """Seeds of the codes to mix with; 0-4 gives five outputs a photo."""
+    edit: tuple[str, ...] = ()
+    """Move the codes along directions, all of them added: age:+3 smile:-1.5."""
+    directions: str = "directions"
+    """Folder of direction files NAME.npz, as `python -m convert` writes them."""
+    target: Path | None = None
+    """Pictures wanted, a folder with the same names (or one picture): print and write
+    LPIPS, MSE and identity of the outputs."""
+    perceptual_net: str = ""
+    """--target: network of LPIPS; empty: LPIPS-AlexNet."""
+    identity_net: str = ""
+    """--target: identity network; empty: weights/arcface if there, else ours."""
     out: str = "inverted"
     """A folder, or the .npz file of the codes; pictures go beside it."""
     side_by_side: bool = False
-    """Put the aligned photo beside the generator's picture."""
+    """Put input, target and all outputs of a photo on one sheet, NAME-inverted.png."""
     codes_only: bool = False
     """Write no pictures."""
     video: bool = False
@@ -413,29 +514,165 @@ class Options:
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
 
 
-def load_photos(options: Options, size: int) -> tuple[list[str], np.ndarray]:
-    """Names and aligned pictures [n, size, size, 3] of the photos.
+class Item(NamedTuple):
+    """A picture to invert.
 
-    Of a folder, photos without a face are named and left out.
+    Attributes:
+      name: for file names.
+      path: of the file.
+      x: what goes in, [h, h, channels].
+      shown: for sheets, pictures by label.
+    """
+
+    name: str
+    path: Path
+    x: np.ndarray
+    shown: dict[str, np.ndarray]
+
+
+def read_items(
+    options: Options, paths: Sequence[Path], encoder: Encoder | None, size: int
+) -> Iterator[Item]:
+    """The pictures as they go in, one after the other.
+
+    Of a folder, what cannot be used (no face, damaged, unknown classes) is named and
+    left out.
+
+    Args:
+      options: of the command.
+      paths: of the files.
+      encoder: says what is read; None: photos.
+      size: pixels a side.
 
     Raises:
-      UserError: no photo, or none with a face.
+      UserError: a single picture that cannot be used.
     """
-    paths = images.image_files(options.photo)[: options.limit]
-    names, crops = [], []
-    for path in paths:
+    for path, name in zip(paths, images.file_names(paths), strict=True):
         try:
-            crop, _ = prepare(path, size, options.align)
+            yield from _read(options, path, name, encoder, size)
         except UserError as error:
             if len(paths) == 1:
                 raise
-            print(f"left out: {error}")
-            continue
-        names.append(Path(path).stem)
-        crops.append(images.to_array(crop, size))
-    if not crops:
-        raise UserError(f"{options.photo}: no photo that could be used")
-    return names, np.stack(crops)
+            tqdm.write(f"left out: {error}")
+
+
+def _read(options, path, name, encoder, size):
+    kind = encoder.inputs if encoder else "photo"
+    if kind == "sketch":
+        x = inputs.drawing(images.open_image(path), size)
+        return [Item(name, path, x, {kind: inputs.visible(x)})]
+    if kind == "labels":
+        classes, nearest = encoder.module.in_channels, options.nearest_labels
+        labels = images.open_labels(path)
+        try:
+            x = inputs.label_map(labels, size, classes, nearest)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return [Item(name, path, x, {kind: inputs.visible(x)})]
+    # Faces are cut out at least as large as encoders read them, without jagged edges.
+    crop, _ = prepare(path, max(CROP_SIZE, size), options.align)
+    photo = images.to_array(crop, size)
+    if not options.factors:
+        return [Item(name, path, photo, {"photo": photo})]
+    small = {f: inputs.low_resolution(crop, size, f) for f in options.factors}
+    return [
+        Item(f"{name}-x{f}", path, x, {"photo": photo, f"{f} x smaller": x})
+        for f, x in small.items()
+    ]
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one of what is left."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def find_targets(target: Path | None, paths: Sequence[Path]) -> dict[Path, Path]:
+    """The picture wanted of each picture.
+
+    Raises:
+      UserError: one without.
+    """
+    if target is None:
+        return {}
+    if target.is_file() and len(paths) == 1:
+        return {paths[0]: target}
+    by_stem = {file.stem: file for file in images.image_files(target)}
+    missing = [path.name for path in paths if path.stem not in by_stem]
+    if missing:
+        raise UserError(
+            f"--target {target} has no picture for {len(missing)} of the {len(paths)} "
+            f"given, the first {missing[0]}; the names must agree up to the ending"
+        )
+    return {path: by_stem[path.stem] for path in paths}
+
+
+def read_target(options: Options, path: Path, encoder: Encoder | None):
+    """A picture wanted [256, 256, 3], or None if it cannot be used.
+
+    Photos are aligned like those that go in; what belongs to drawings and label maps
+    has their frame already.
+    """
+    try:
+        if encoder and encoder.inputs != "photo":
+            whole = images.open_image(path)
+            return inputs.values(inputs.bilinear(whole, metrics.SIZE))
+        return images.to_array(prepare(path, metrics.SIZE, options.align)[0])
+    except UserError as error:
+        tqdm.write(f"left out of the metrics: {error}")
+        return None
+
+
+class Changes(NamedTuple):
+    """What is done to codes after the inversion.
+
+    Attributes:
+      mixes: codes [num_ws, w_dim] to mix with, by label.
+      rows: to mix.
+      alpha: share of the mixes in them.
+      edits: moves along directions.
+    """
+
+    mixes: dict[str, np.ndarray]
+    rows: list[int]
+    alpha: float
+    edits: list[edits.Edit]
+
+
+def read_changes(options: Options, generator: Generator, params: Params) -> Changes:
+    """The mixes and edits that the options ask for.
+
+    Raises:
+      UserError: unknown rows, seeds or directions.
+    """
+    rows, mixes = [], {}
+    if options.mix_rows:
+        rows = masks.parse_rows(options.mix_rows, generator.num_ws, "--mix-rows")
+        seeds = pipeline.parse_numbers(options.seeds, "--seeds")
+        z = pipeline.seed_codes(seeds, generator.z_dim)
+        codes = pipeline.to_w_plus(generator, params, z, "z")
+        mixes = {f"seed{s:04d}": code for s, code in zip(seeds, codes, strict=True)}
+    moves = [
+        edits.parse_edit(text, options.directions, generator.num_ws, generator.w_dim)
+        for text in options.edit
+    ]
+    return Changes(mixes, rows, options.mix_alpha, moves)
+
+
+def changed_codes(codes: np.ndarray, changes: Changes) -> dict[str, np.ndarray]:
+    """The outputs beside the inversion: w_plus [n, num_ws, w_dim] by label."""
+    outputs = {
+        label: edits.mix_rows(codes, other, changes.rows, changes.alpha)
+        for label, other in changes.mixes.items()
+    }
+    if changes.edits:
+        move = "_".join(edit.label for edit in changes.edits)
+        outputs = {
+            "-".join(filter(None, [label, move])): edits.apply_edits(c, changes.edits)
+            for label, c in (outputs or {"": codes}).items()
+        }
+    return outputs
 
 
 def check(options: Options) -> None:
@@ -448,6 +685,8 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    if options.search.steps < 1:
+        raise UserError(f"--steps is {options.search.steps}; it must be at least 1")
     if options.encoder != "optimize":
         if options.video:
             raise UserError("--video shows a search; leave out --encoder")
@@ -456,6 +695,172 @@ def check(options: Options) -> None:
                 f"--encoder {options.encoder} needs one pass and gives w_plus; leave "
                 "out the options of the search"
             )
+    elif options.factors or options.restyle or options.nearest_labels:
+        raise UserError(
+            "--factors, --restyle and --nearest-labels are for encoders; name one with "
+            "--encoder"
+        )
+    if not options.mix_rows and (options.mix_alpha != 1 or options.seeds != "0"):
+        raise UserError(
+            "--mix-alpha and --seeds are about style mixing; say what to mix with "
+            "--mix-rows, for example fine"
+        )
+    if not 0 <= options.mix_alpha <= 1:
+        raise UserError(f"--mix-alpha is {options.mix_alpha}; it must be from 0 to 1")
+    if options.codes_only and options.side_by_side:
+        raise UserError("--codes-only writes no pictures; leave out --side-by-side")
+    if options.target is None and (options.perceptual_net or options.identity_net):
+        raise UserError("--perceptual-net and --identity-net judge against --target")
+    if options.photo.is_dir() and (options.align.eyes or options.align.mouth):
+        raise UserError(
+            f"--eyes and --mouth are for one photo, but {options.photo} is a folder; "
+            "use --landmarks FOLDER"
+        )
+    suffix = Path(options.out).suffix.lower()
+    if suffix in images.SUFFIXES and not Path(options.out).is_dir():
+        raise UserError(
+            f"--out is {options.out}; it must be a folder, or an .npz file for the "
+            "codes, with the pictures beside it"
+        )
+
+
+def check_encoder(options: Options, encoder: Encoder) -> None:
+    """Refuse options that an encoder has no use for.
+
+    Raises:
+      UserError: naming the option.
+    """
+    what = f"encoder {options.encoder} reads {encoder.inputs}"
+    if options.restyle and not encoder.refines:
+        raise UserError(
+            f"--restyle is {options.restyle}, but encoder {options.encoder} is none of "
+            "ReStyle's: it gives its code in one pass"
+        )
+    if options.factors and encoder.inputs != "photo":
+        raise UserError(f"--factors makes photos smaller, but {what}")
+    largest = encoder.module.size // 2
+    for factor in options.factors:
+        if not 1 <= factor <= largest:
+            raise UserError(
+                f"--factors holds {factor}; it must be from 1 to {largest}, half the "
+                "size of the encoder's pictures"
+            )
+    if len(set(options.factors)) < len(options.factors):
+        raise UserError(f"--factors is {options.factors}: one is given twice")
+    if options.nearest_labels and encoder.inputs != "labels":
+        raise UserError(f"--nearest-labels is for label maps, but {what}")
+    plain = dataclasses.replace(options.align, align=True) == AlignOptions()
+    if encoder.inputs != "photo" and not plain:
+        raise UserError(
+            f"{what}, taken as they are; leave out --landmarks, --eyes and --mouth"
+        )
+
+
+class Job(NamedTuple):
+    """What all batches of a command share.
+
+    Attributes:
+      generator, params: the generator.
+      encoder: or None, for the search.
+      changes: to the codes.
+      targets: picture wanted by path of the input.
+      judges: by role; empty without targets.
+    """
+
+    generator: Generator
+    params: Params
+    encoder: Encoder | None
+    changes: Changes
+    targets: dict[Path, Path]
+    judges: dict[str, Any]
+
+
+def invert_batch(
+    options: Options, job: Job, items: Sequence[Item], batch: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Codes and pictures of a batch; the arrays hold `batch`, `items` may be fewer.
+
+    Returns:
+      What `invert` gives, and w_plus of the other outputs under their labels; and
+      pictures [batch, size, size, 3] by label, `inversion` the first.
+    """
+    last = len(items) - 1
+    found = invert(
+        job.generator,
+        job.params,
+        np.stack([items[min(i, last)].x for i in range(batch)]),
+        encoder=job.encoder or "optimize",
+        restyle=options.restyle or RESTYLE,
+        search=options.search,
+        key=jax.random.key(options.seed),
+        batch=batch,
+        snapshots=FRAMES if options.video else 0,
+    )
+    outputs = changed_codes(found["w_plus"], job.changes)
+    draw = partial(pipeline.pictures, job.generator, job.params, batch=batch)
+    drawn = {label: draw(w_plus) for label, w_plus in outputs.items()}
+    return found | outputs, {INVERSION: found["images"]} | drawn
+
+
+def judge_batch(
+    job: Job, items: Sequence[Item], wanted: Sequence[Any], drawn: Mapping[str, Array]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics by label, name and metric, of the items whose target could be read."""
+    there = [i for i, x in enumerate(wanted) if x is not None]
+    if not there:
+        return {}
+    n = len(drawn[INVERSION])
+    full = [wanted[i] if i in there else wanted[there[0]] for i in range(len(items))]
+    filled = np.stack([full[min(i, len(full) - 1)] for i in range(n)])
+    values = {k: metrics.compare(job.judges, x, filled) for k, x in drawn.items()}
+    return {
+        label: {
+            items[i].name: {name: float(column[i]) for name, column in columns.items()}
+            for i in there
+        }
+        for label, columns in values.items()
+    }
+
+
+def sheet(item: Item, target: Any, outputs: Mapping[str, np.ndarray]) -> Any:
+    """Input, target and outputs of a photo in a row, with labels if there are many."""
+    pictures = dict(item.shown)
+    if target is not None:
+        pictures["target"] = target
+    pictures |= outputs
+    height = len(outputs[INVERSION])
+    row = [
+        np.asarray(resize(jnp.asarray(x)[None], height))[0] for x in pictures.values()
+    ]
+    labels = list(pictures) if len(pictures) > 2 else None
+    return images.grid(row, len(row), column_labels=labels)
+
+
+def write_pictures(
+    options: Options, folder: Any, item: Item, target: Any, outputs: dict[str, Any]
+) -> None:
+    """NAME-inverted.png, the picture or the sheet, and NAME-LABEL.png of one photo."""
+    first = sheet(item, target, outputs) if options.side_by_side else outputs[INVERSION]
+    images.save_image(folder / f"{item.name}-inverted.png", first)
+    for label, picture in outputs.items():
+        if label != INVERSION:
+            images.save_image(folder / f"{item.name}-{label}.png", picture)
+
+
+def write_results(
+    out: Any, names: list[str], codes: dict[str, list], judged: dict[str, dict]
+) -> None:
+    """The code files, one an output, and metrics.json."""
+    spaces = {space: codes.pop(space) for space in SPACES if space in codes}
+    pipeline.write_codes(out, **spaces, names=np.array(names))
+    for label, w_plus in codes.items():
+        path = out.parent / f"{out.stem}-{label}.npz"
+        pipeline.write_codes(path, w_plus=w_plus, names=np.array(names))
+    if judged:
+        means = {k: metrics.summary(list(v.values())) for k, v in judged.items()}
+        images.write_bytes(out.parent / "metrics.json", metrics.as_json(means, judged))
+        print(f"mean ± deviation over {len(judged[INVERSION])} targets:")
+        print(metrics.table(means))
 
 
 @cli
@@ -464,39 +869,54 @@ def main(args: list[str] | None = None) -> None:
     options = parse(Options, "jaxstyle.invert", __doc__, args)
     check(options)
     use_compilation_cache()
+    paths = images.image_files(options.photo)[: options.limit]
+    targets = find_targets(options.target, paths)
     generator, params = pipeline.load_generator(options.weights)
-    size = generator.size
+    encoder, size = None, generator.size
     if options.encoder != "optimize":
-        size = load_encoder(options.encoder, generator)[0].size
-    names, photos = load_photos(options, size)
-    found = invert(
-        generator,
-        params,
-        photos,
-        encoder=options.encoder,
-        restyle=options.restyle,
-        search=options.search,
-        key=jax.random.key(options.seed),
-        batch=options.batch,
-        snapshots=FRAMES if options.video else 0,
-    )
+        encoder = load_encoder(options.encoder, generator)
+        check_encoder(options, encoder)
+        size = encoder.module.size
+    changes, judges = read_changes(options, generator, params), {}
+    if targets:
+        judges = metrics.load_judges(options.perceptual_net, options.identity_net)
+    job = Job(generator, params, encoder, changes, targets, judges)
     out = epath.Path(options.out)
-    if out.suffix != ".npz":
-        out = out / "codes.npz"
-    codes = {space: found[space] for space in SPACES if space in found}
-    pipeline.write_codes(out, **codes, names=np.array(names))
-    photos = np.asarray(resize(jnp.asarray(photos), generator.size))
-    for i, name in enumerate(names):
-        loss = f", loss {found['loss'][i]:.4f}" if "loss" in found else ""
-        print(f"{name}: {tuple(found['w_plus'][i].shape)} code{loss}")
-        if not options.codes_only:
-            shown = found["images"][i]
-            if options.side_by_side:
-                shown = images.grid([photos[i], shown])
-            images.save_image(out.parent / f"{name}-inverted.png", shown)
-        if options.video:
-            frames = pipeline.pictures(generator, params, found["path"][:, i])
-            images.save_animation(out.parent / f"{name}-search.webp", list(frames))
+    out = out if out.suffix == ".npz" else out / "codes.npz"
+    # Even batches, the last one filled up: one compilation.
+    count = len(paths) * max(1, len(options.factors))
+    batch = -(-count // -(-count // options.batch))
+    names: list[str] = []
+    codes: dict[str, list] = {}
+    judged: dict[str, dict] = {}
+    bar = tqdm(total=count, unit="photo", disable=count == 1)
+    # A batch at a time: thousands of large pictures would not fit into memory.
+    for items in chunks(read_items(options, paths, encoder, size), batch):
+        found, drawn = invert_batch(options, job, items, batch)
+        wanted = [
+            read_target(options, targets[item.path], encoder) if targets else None
+            for item in items
+        ]
+        for label, values in judge_batch(job, items, wanted, drawn).items():
+            judged.setdefault(label, {}).update(values)
+        for name in found.keys() - {"images", "loss", "path"}:
+            codes.setdefault(name, []).extend(found[name][: len(items)])
+        for i, item in enumerate(items):
+            names.append(item.name)
+            loss = f", loss {found['loss'][i]:.4f}" if "loss" in found else ""
+            tqdm.write(f"{item.name}: {found['w_plus'][i].shape} code{loss}")
+            if not options.codes_only:
+                mine = {label: x[i] for label, x in drawn.items()}
+                write_pictures(options, out.parent, item, wanted[i], mine)
+            if options.video:
+                frames = pipeline.pictures(generator, params, found["path"][:, i])
+                path = out.parent / f"{item.name}-search.webp"
+                images.save_animation(path, list(frames))
+        bar.update(len(items))
+    bar.close()
+    if not names:
+        raise UserError(f"{options.photo}: no picture that could be used")
+    write_results(out, names, codes, judged)
     print(out)
 
 

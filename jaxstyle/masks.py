@@ -1,8 +1,10 @@
-"""Masks over the modulated layers: which ones a choice is about.
+"""Masks over the modulated layers, and rows of codes: which ones a choice is about.
 
 A mask is one number a modulated layer, 26 at 1024 px. JoJoGAN's M (arXiv 2112.11641)
 keeps the reference's code where it is 1 and takes a random one where it is 0.
 """
+
+import re
 
 import numpy as np
 
@@ -80,3 +82,49 @@ def parse_mask(text: str, size: int, argument: str = "mask") -> np.ndarray:
             "modulated layers)"
         ) from None
     return mask
+
+
+def row_groups(rows: int) -> dict[str, range]:
+    """The rows of a w+ code that carry shape, features and colours.
+
+    Of the 18 rows at 1024 px they are 0–3, 4–7 and 8–17 (StyleGAN's coarse, middle and
+    fine styles); a shorter code is divided in the same proportion, so that the names
+    mean about the same of a picture of any size.
+    """
+    ends = max(1, round(rows * 4 / 18)), max(2, round(rows * 8 / 18))
+    return {
+        "coarse": range(ends[0]),
+        "middle": range(*ends),
+        "fine": range(ends[1], rows),
+    }
+
+
+def parse_rows(text: str, rows: int, argument: str) -> list[int]:
+    """Rows of a w+ code from what a user typed.
+
+    Args:
+      text: `coarse`, `middle`, `fine`, numbers and ranges such as `8-17`, or several
+        of these with commas.
+      rows: of the code.
+      argument: its name, for the error.
+
+    Returns:
+      The rows in ascending order.
+
+    Raises:
+      UserError: anything else, naming the rows there are.
+    """
+    groups, chosen = row_groups(rows), set()
+    for part in text.replace(" ", "").split(","):
+        numbers = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if part in groups:
+            chosen |= set(groups[part])
+        elif numbers and int(numbers[1]) <= int(numbers[2] or numbers[1]) < rows:
+            chosen |= set(range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1))
+        else:
+            names = ", ".join(f"{k} ({v[0]}-{v[-1]})" for k, v in groups.items())
+            raise UserError(
+                f"{argument} is {text!r}; codes of this generator have the rows 0 to "
+                f"{rows - 1}: give {names}, or numbers such as 0-2,{rows - 1}"
+            )
+    return sorted(chosen)

@@ -435,9 +435,8 @@ def main(args: list[str] | None = None) -> None:
     bases = ", ".join(sorted({s.base_name for s in styles}))
     print(f"weights: {', '.join(names)}{newest}, finetuned from {bases}", flush=True)
     size = max(CROP_SIZE, *(s.generator.size for s in styles))
-    stems = [p.stem for p in photos]
     done = 0
-    for path in photos:
+    for path, name in zip(photos, images.file_names(photos), strict=True):
         try:
             face = prepare(path, size, options.align)
         except UserError as error:
@@ -445,9 +444,6 @@ def main(args: list[str] | None = None) -> None:
                 raise
             print(f"skipped {path.name}: {error}", flush=True)
             continue
-        # a.jpg and a.png of one folder must not overwrite each other.
-        alike = stems.count(path.stem) > 1
-        name = path.name.replace(".", "-") if alike else path.stem
         print(draw(options, styles, path, name, face), flush=True)
         done += 1
     if not done:

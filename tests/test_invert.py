@@ -1,13 +1,16 @@
 """Inversion by optimisation and by an encoder, and its command."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxstyle import invert, pipeline, weights
-from jaxstyle.encoders import GradualStyleEncoder
+from jaxstyle import images, inputs, invert, pipeline, weights
+from jaxstyle.encoders import GradualStyleEncoder, encode
 from jaxstyle.errors import UserError
 from jaxstyle.features.lpips import LPIPS
 from jaxstyle.invert import Search
@@ -158,29 +161,155 @@ def test_command_optimizes(tmp_path, photos, capsys):
     assert [p.name for p in single.parent.iterdir()] == ["me.npz"]
 
 
-def test_command_encodes(tmp_path, photos):
-    base = save_base(tmp_path / "base", size=32)
+def save_encoder(path, channels=3, **metadata):
+    """An untrained encoder for the 16 px generator that reads 32 px; its path."""
     encoder = GradualStyleEncoder(
-        num_styles=8,
-        size=64,
+        num_styles=6,
+        size=32,
         units=(1, 1),
         channels=(8, 8),
+        in_channels=channels,
         se_ratio=4,
         w_dim=16,
-        level_rows=(3,),
+        level_rows=() if channels == 6 else (3,),
     )
-    folder = str(tmp_path / "encoder")
     params = {"encoder": encoder.init_params(key=jax.random.key(0))}
-    weights.save(folder, {"encoder": encoder}, params)
-    out = tmp_path / "codes.npz"
-    common = [str(photos), "--encoder", folder, "--no-align", "--out", str(out)]
-    invert.main([*common, "--weights", base, "--batch", "2"])
-    with np.load(out) as file:
-        assert file["w_plus"].shape == (3, 8, 16)
+    weights.save(path, {"encoder": encoder}, params, metadata=metadata)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, photos):
+    """A 16 px generator, encoders by what they read, and their inputs."""
+    root = tmp_path_factory.mktemp("encoders")
+    pixels = np.random.default_rng(1).integers(0, 255, (2, 48, 48), np.uint8)
+    for name in ("sketch", "labels", "index"):
+        (root / name).mkdir()
+    for name, array in zip("ab", pixels, strict=True):
+        Image.fromarray(array).save(root / "sketch" / f"{name}.png")
+        classes = Image.fromarray(array % 5)
+        classes.save(root / "index" / f"{name}.png")
+        palette = Image.frombytes("P", classes.size, classes.tobytes())
+        palette.putpalette(np.arange(15) * 16)
+        palette.save(root / "labels" / f"{name}.png")
+    paths = {name: str(root / name) for name in ("sketch", "labels", "index")}
+    return paths | {
+        "photos": str(photos),
+        "base": save_base(root / "base"),
+        "photo encoder": save_encoder(root / "enc"),
+        "sketch encoder": save_encoder(root / "enc-sketch", 1),
+        "labels encoder": save_encoder(root / "enc-labels", 5),
+        "restyle encoder": save_encoder(root / "enc-restyle", 6),
+    }
+
+
+def run(folders, photo, encoder, out, *options):
+    """The command; returns the codes of out/codes.npz."""
+    arguments = [folders.get(photo, photo), "--weights", folders["base"]]
+    arguments += ["--encoder", folders[f"{encoder} encoder"], "--out", str(out)]
+    invert.main([*arguments, "--no-align", *options])
+    with np.load(out / "codes.npz") as file:
+        return dict(file)
+
+
+def test_command_encodes(tmp_path, folders):
+    found = run(folders, "photos", "photo", tmp_path, "--batch", "2")
+    assert found["w_plus"].shape == (3, 6, 16)
     assert (tmp_path / "c-inverted.png").exists()
-    other = save_base(tmp_path / "other", size=16)
+    single = Path(folders["photos"], "c.png")
+    alone = run(folders, str(single), "photo", tmp_path / "one")
+    np.testing.assert_allclose(alone["w_plus"][0], found["w_plus"][2], atol=1e-5)
+
+
+def test_command_mixes_and_edits(tmp_path, folders):
+    np.savez(tmp_path / "age.npz", direction=np.ones((1, 16), np.float32))
+    options = ["--mix-rows", "fine", "--mix-alpha", "0.5", "--seeds", "3,5"]
+    options += ["--edit", "age:+3", "--directions", str(tmp_path), "--side-by-side"]
+    out = tmp_path / "out"
+    codes = run(folders, "photos", "photo", out, *options)["w_plus"]
+    labels = ["seed0003-age+3", "seed0005-age+3"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [f"{n}-{label}.png" for n in "abc" for label in (*labels, "inverted")]
+        + ["codes.npz", *(f"codes-{label}.npz" for label in labels)]
+    )
+    generator, params = pipeline.load_generator(folders["base"])
+    z = pipeline.seed_codes([3, 5], generator.z_dim)
+    random = pipeline.to_w_plus(generator, params, z, "z")
+    for label, other in zip(labels, random, strict=True):
+        with np.load(out / f"codes-{label}.npz") as file:
+            changed = file["w_plus"]
+            assert list(file["names"]) == ["a", "b", "c"]
+        np.testing.assert_allclose(changed[:, :3], codes[:, :3] + 3, atol=1e-5)
+        half = (codes[:, 3:] + other[3:]) / 2 + 3
+        np.testing.assert_allclose(changed[:, 3:], half, atol=1e-5)
+        picture = pipeline.pictures(generator, params, changed[:1])[0]
+        written = np.asarray(images.open_image(out / f"a-{label}.png"))
+        np.testing.assert_allclose(written, images.to_uint8(picture), atol=1)
+    # Photo, inversion, two outputs.
+    assert images.open_image(out / "a-inverted.png").width == 4 * 16 + 3 * 2
+
+
+def test_command_makes_photos_smaller(tmp_path, folders):
+    options = ["--factors", "2", "8", "--side-by-side", "--limit", "1"]
+    found = run(folders, "photos", "photo", tmp_path, *options)
+    assert list(found["names"]) == ["a-x2", "a-x8"]
+    module, params = weights.load(folders["photo encoder"])
+    crop = images.open_image(Path(folders["photos"], "a.png"))
+    crop = crop.resize((256, 256), Image.Resampling.LANCZOS)
+    x = np.stack([inputs.low_resolution(crop, 32, f) for f in (2, 8)])
+    wanted = encode(module["encoder"], params["encoder"], x)
+    np.testing.assert_allclose(found["w_plus"], wanted, atol=1e-4)
+    assert images.open_image(tmp_path / "a-x8-inverted.png").width == 3 * 16 + 2 * 2
+
+
+def test_command_reads_drawings_and_label_maps(tmp_path, folders, capsys):
+    sketch = run(folders, "sketch", "sketch", tmp_path / "s", "--side-by-side")
+    drawing = images.open_image(Path(folders["sketch"], "b.png"))
+    module, params = weights.load(folders["sketch encoder"])
+    x = inputs.drawing(drawing, 32)[None]
+    wanted = encode(module["encoder"], params["encoder"], x)
+    np.testing.assert_allclose(sketch["w_plus"][1:], wanted, atol=1e-4)
+    palette = run(folders, "labels", "labels", tmp_path / "p", "--nearest-labels")
+    index = run(folders, "index", "labels", tmp_path / "i", "--nearest-labels")
+    np.testing.assert_array_equal(palette["w_plus"], index["w_plus"])
+    mixed = run(folders, "index", "labels", tmp_path / "m")
+    assert np.abs(mixed["w_plus"] - index["w_plus"]).max() > 1e-4
+    Image.fromarray(np.full((9, 9), 5, np.uint8)).save(tmp_path / "i" / "x.png")
     with pytest.raises(SystemExit):
-        invert.main([*common, "--weights", other])
+        run(folders, str(tmp_path / "i" / "x.png"), "labels", tmp_path / "n")
+    assert (
+        "x.png: a label map holds the class 5; there are 5" in capsys.readouterr().err
+    )
+
+
+def test_command_refines(tmp_path, folders):
+    once = run(folders, "photos", "restyle", tmp_path / "1", "--restyle", "1")
+    twice = run(folders, "photos", "restyle", tmp_path / "2", "--restyle", "2")
+    assert np.abs(once["w_plus"] - twice["w_plus"]).max() > 1e-4
+
+
+def test_command_measures(tmp_path, folders, capsys):
+    # Outputs as targets: the same but for 8 bits; one that cannot be read is named.
+    out = tmp_path / "out"
+    run(folders, "photos", "photo", out)
+    wanted = tmp_path / "wanted"
+    wanted.mkdir()
+    for name in "abc":
+        (out / f"{name}-inverted.png").rename(wanted / f"{name}.png")
+    (wanted / "c.png").write_bytes(b"nothing")
+    options = ["--target", str(wanted), "--mix-rows", "coarse", "--batch", "2"]
+    run(folders, "photos", "photo", out, *options)
+    printed = capsys.readouterr().out
+    assert "left out of the metrics:" in printed and "over 2 targets" in printed
+    measured = json.loads((out / "metrics.json").read_text())
+    assert list(measured["pictures"]["inversion"]) == ["a", "b"]
+    means = {k: v["mean"] for k, v in measured["summary"]["inversion"].items()}
+    assert means["mse"] < 1e-3 and means["lpips"] < 0.03 and means["identity"] > 0.99
+    assert measured["summary"]["seed0000"]["mse"]["mean"] > means["mse"]
+    (wanted / "b.png").unlink()
+    with pytest.raises(SystemExit):
+        run(folders, "photos", "photo", out, "--target", str(wanted))
+    assert "no picture for 1 of the 3 given, the first b.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -190,12 +319,33 @@ def test_command_encodes(tmp_path, photos):
         (["--limit", "0"], "--limit is 0"),
         (["--encoder", "here/e4e", "--video"], "leave out --encoder"),
         (["--encoder", "here/e4e", "--space", "w"], "options of the search"),
+        (["--factors", "4"], "--factors, --restyle and --nearest-labels are for"),
+        (["--seeds", "0-4"], "--mix-rows, for example fine"),
+        (["--mix-rows", "fine", "--mix-alpha", "2"], "--mix-alpha is 2.0"),
+        (["--mix-rows", "8-17"], "--mix-rows is '8-17'; codes of this generator"),
+        (["--mix-rows", "fine", "--seeds", "x"], "--seeds is 'x'"),
+        (["--edit", "age:+3"], "no age.npz in --directions directions"),
+        (["--codes-only", "--side-by-side"], "leave out --side-by-side"),
+        (["--identity-net", "weights/arcface"], "judge against --target"),
+        (["--target", "no/folder"], "no/folder: no such picture or folder"),
+        (["--out", "me.png"], "--out is me.png; it must be a folder"),
+        (["--eyes", "1,1", "2,2", "--mouth", "1,2"], "are for one photo"),
+        (["--encoder", "base"], "hold no encoder; they hold generator"),
+        (["--encoder", "photo", "--restyle", "3"], "is none of ReStyle's"),
+        (["--encoder", "photo", "--factors", "17"], "from 1 to 16, half"),
+        (["--encoder", "photo", "--factors", "4", "4"], "one is given twice"),
+        (["--encoder", "photo", "--nearest-labels"], "is for label maps"),
+        (["--encoder", "sketch", "--factors", "4"], "makes photos smaller"),
+        (["--encoder", "sketch", "--landmarks", "dlib"], "taken as they are"),
     ],
 )
-def test_refuses_in_one_line(tmp_path, photos, capsys, options, message):
-    base = save_base(tmp_path / "base", size=32)
+def test_refuses_in_one_line(folders, capsys, options, message):
+    short = {"base": folders["base"]}
+    short |= {k: folders[f"{k} encoder"] for k in ("photo", "sketch")}
+    options = [short.get(o, o) for o in options]
+    base = ["--weights", folders["base"]]
     with pytest.raises(SystemExit):
-        invert.main([str(photos), "--weights", base, "--no-align", *options])
+        invert.main([folders["photos"], *base, "--no-align", *options])
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
@@ -203,3 +353,18 @@ def test_refuses_in_one_line(tmp_path, photos, capsys, options, message):
 def test_refuses_pictures_of_another_size(setting):
     with pytest.raises(UserError, match=r"\[n, 32, 32, 3\]"):
         search_for(setting, jnp.zeros((1, 64, 64, 3)), "w", 3)
+
+
+def test_other_encoders_and_generators_are_refused(tmp_path, folders):
+    generator, params = pipeline.load_generator(folders["base"])
+    photo = jnp.zeros((1, 32, 32, 3))
+    with pytest.raises(UserError, match="reads sketch, 1 channels, not.* of 3"):
+        invert.invert(
+            generator,
+            params,
+            photo,
+            encoder=folders["sketch encoder"],
+            key=jax.random.key(0),
+        )
+    with pytest.raises(UserError, match="gives 6 codes of 16; the 32 px generator"):
+        invert.load_encoder(folders["photo encoder"], GENERATOR)
