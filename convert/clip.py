@@ -359,8 +359,8 @@ def given_fields(
         wanted = "open_clip_config.json" if openai else "config.json"
         raise UserError(
             "its arrays do not tell the activation of a CLIP, and there is no "
-            f"{wanted} beside it; put it there, or pass --activation quick_gelu (OpenAI's) or "
-            "gelu (LAION's)"
+            f"{wanted} beside it; put it there, or pass --activation quick_gelu "
+            "(OpenAI's) or gelu (LAION's)"
         )
     if activation:
         source = "--activation"
@@ -486,41 +486,45 @@ def load_clip(
     Raises:
       UserError: nothing there, a damaged or hostile file, another network.
     """
-    text = os.fspath(source)
-    ours = "://" in text or Path(text, "params").is_dir()
-    if not ours and not os.path.exists(text):
-        path = _named(text, download)
-    else:
-        path = text
-    if ours or Path(path, "params").is_dir():
+    name = os.fspath(source)
+    path = name
+    if not _is_ours(name) and not os.path.exists(name):
+        path = _named(name, download)
+    if _is_ours(path):
         model, params = weights.load(path)
-        module, params = model["clip"], params["clip"]
-        beside = Path(path) / "tokenizer"
+        beside = weights.resolve(path) / "tokenizer"
     else:
+        # Not at the top: that package imports this module.
         from convert import load
 
         model, params, _ = load(path, activation=activation)
-        if "clip" not in model:
-            raise UserError(f"{path} holds {', '.join(model)}, no CLIP")
-        module, params = model["clip"], params["clip"]
-        beside = Path(path) if os.path.isdir(path) else Path(path).parent
-    module = module.clone(dtype=dtype)
+        beside = Path(path) if os.path.isdir(path) else Path(path).absolute().parent
+    if "clip" not in model:
+        raise UserError(f"CLIP {name!r}: it holds {listed(model) or 'codes'}, no CLIP")
+    module, params = model["clip"].clone(dtype=dtype), params["clip"]
     if texts is not None:
         params = {k: v for k, v in params.items() if k != "text"}
-    judge = Judge(text, module, params, vocabulary or vocabulary_beside(beside))
+    judge = Judge(name, module, params, vocabulary or vocabulary_beside(beside))
     if texts is None:
         return judge
     return dataclasses.replace(judge, texts=load_texts(texts, judge))
 
 
-def vocabulary_beside(folder: Path) -> str | os.PathLike:
+def _is_ours(path: str | os.PathLike) -> bool:
+    """Whether it is a network folder or run of ours, or a name that ships with us."""
+    try:
+        weights.read_config(path)
+    except UserError:
+        return False
+    return True
+
+
+def vocabulary_beside(folder: Any) -> str | os.PathLike:
     """Tokenizer files in a folder, else what ships with us."""
-    if not folder.is_dir():
-        return VOCABULARY
-    if has_tokenizer(folder):
+    if folder.is_dir() and has_tokenizer(folder):
         return folder
-    listed = folder / "bpe_simple_vocab_16e6.txt.gz"
-    return listed if listed.is_file() else VOCABULARY
+    pairs = folder / "bpe_simple_vocab_16e6.txt.gz"
+    return pairs if pairs.is_file() else VOCABULARY
 
 
 def _named(name: str, download: bool) -> str | os.PathLike:

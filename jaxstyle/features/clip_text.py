@@ -261,7 +261,7 @@ def load_texts(path: str | os.PathLike, judge: Judge) -> dict[str, np.ndarray]:
       UserError: another file, or embeddings of another model.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
             texts, embeddings, model = (
                 data[name] for name in ("texts", "embeddings", "model")
             )
