@@ -21,7 +21,9 @@ Published: 200,000 to 300,000 iterations of batch 8. Losses of D stay near 0.5 t
 each. An encoder from before the last row has joined (52,000 at 1024 px) reads well only
 up to its rows; the others' offsets are untrained.
 
-`--restyle 5` trains ReStyle's e4e (arXiv 2104.02699).
+`--restyle 5` trains ReStyle's e4e (arXiv 2104.02699), with `--encoder-blocks resnet`
+its version for things that are no faces. `--resume` goes on from a checkpoint of the
+original's training (`--save_training_data`), converted: same step and optimisers.
 """
 
 import dataclasses
@@ -92,6 +94,7 @@ def lambdas_of(options: Options) -> dict[str, float]:
         "similarity": options.similarity_lambda,
         "critic": options.w_discriminator_lambda,
         "delta": options.delta_lambda if options.progressive else 0.0,
+        "code": options.common.code_lambda,
     }
 
 
@@ -169,6 +172,7 @@ def loss_fn(
     )
     terms = encoding.picture_losses(setup, frozen, passed.image, batch["image"])
     terms |= code_losses(setup, critic, params.get(CRITIC), passed.codes, stage)
+    terms |= encoding.code_loss(setup, passed.codes, batch)
     means = {name: jnp.mean(value) for name, value in terms.items()}
     return encoding.total(setup.lambdas, means), (means, passed)
 
@@ -254,7 +258,15 @@ def schedule(
     common, generator = options.common, setup.generator
     rows = setup.encoder.num_styles
 
+    def filled(state: TrainState, batch: Any) -> Any:
+        """The batch; drawn by the generator where there is no data set."""
+        if common.data != encoding.GENERATED:
+            return batch
+        key, params = jax.random.fold_in(state.key, 2), state.params["generator"]
+        return encoding.generate(setup, params, key, options.run.batch, 0.0)
+
     def d_step(state: TrainState, frozen: Any, batch: Any):
+        batch = filled(state, batch)
         params, size = state.params, batch["image"].shape[0]
         stage = stage_at(options, rows, state.step)
         key = jax.random.fold_in(state.key, 0)
@@ -297,6 +309,7 @@ def schedule(
         return state, {"d_loss": loss, "d_r1": r1} | parts
 
     def e_step(state: TrainState, frozen: Any, batch: Any):
+        batch = filled(state, batch)
         stage = stage_at(options, rows, state.step)
         loss = functools.partial(loss_fn, setup=setup, critic=critic, stage=stage)
         trained = [name for name in optimizers if name != CRITIC]
@@ -333,8 +346,7 @@ def resolve(options: Options) -> Options:
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
                 f"at least {low}"
             )
-    if options.common.restyle < 0:
-        raise UserError(f"--restyle is {options.common.restyle}; it must be at least 0")
+    encoding.check(options.common)
     return with_out(options, f"e4e-{PurePath(options.common.data).stem}")
 
 
@@ -381,9 +393,10 @@ def train(options: Options, mesh: Any) -> TrainState:
     optimizers = make_optimizers(options)
     identity = {"weights": weights.digest(params), "judges": weights.digest(frozen)}
     make = functools.partial(encoding.make_transform, "same", size=setup.encoder.size)
-    batches, frozen["preview"], identity["data"] = encoding.training_data(
-        common, "same", make, run, mesh
+    batches, frozen["preview"], digest = encoding.training_data(
+        common, "same", make, run, mesh, setup, params["generator"], 0.0
     )
+    identity |= {"data": digest} if digest else {}
     stage_of = functools.partial(stage_at, options, setup.encoder.num_styles)
 
     def validation_losses(params, frozen, batch, step):

@@ -34,13 +34,16 @@ from train.state import TrainState
 # pSp's face region, in a picture of 256 px.
 ROWS, COLUMNS = (35, 223), (32, 220)
 PREVIEW = 5
+GENERATED = "generated"
+# Share of generated codes that mix two.
+MIXING = 0.5
 UNITS = {"ir_se": (3, 4, 14, 3), "resnet": (3, 4, 6, 3)}
 # Where torchvision's ResNet-34 is, once converted.
 RESNET = "weights/resnet34"
 # Running statistics and averages are no weights; the noise planes are no one's.
 NOT_TRAINED = (r".*norm\w*/(mean|var)$", "w_avg", "noise_const")
 # rosinality's arrays with a leading axis of one, which Ranger centres as a whole.
-WHOLE = (r"synthesis/(const|(conv|up|rgb)_\d+/weight|rgb_\d+/bias|.*noise_strength)$",)
+WHOLE = (r"synthesis/(const|(conv|up|rgb)_\d+/weight|rgb_\d+/bias)$",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class EncodingOptions:
 
     data: str
     """Pictures wanted: a folder, .npy file, tfds:NAME:SPLIT, what train.prepare wrote,
-    or `generated`: pictures of the generator itself."""
+    or `generated`: pictures of the generator itself, whose codes are known."""
     source: str = ""
     """Inputs that belong to the pictures, by name: a folder; empty: the pictures."""
     val_data: str = ""
@@ -86,6 +89,8 @@ class EncodingOptions:
     far give (published: 5); 0: none."""
     train_decoder: bool = False
     """Train the generator too."""
+    code_lambda: float = 0.0
+    """--data generated: weight of the mean squared difference to the known code."""
     optimizer: Literal["ranger", "adam"] = "ranger"
     """Ranger is the published one."""
     lr: float = 1e-4
@@ -189,6 +194,13 @@ def picture_losses(
             if before is not None:
                 terms[f"{name}_improve"] = jax.lax.stop_gradient(now - before)
     return terms
+
+
+def code_loss(setup: Setup, codes: Array, batch: Mapping[str, Array]) -> dict:
+    """Mean squared difference [batch] of codes to known ones, if it has a weight."""
+    if not setup.lambdas.get("code") or "codes" not in batch:
+        return {}
+    return {"code": jnp.mean(jnp.square(codes - batch["codes"]), (1, 2))}
 
 
 def length(x: Array, axes: tuple[int, ...]) -> Array:
@@ -362,6 +374,22 @@ def inputs(batch: Mapping[str, Array]) -> Array:
 
 
 # Networks and judges
+
+
+def check(options: EncodingOptions) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+      UserError: a negative number of refinements, a code loss without known codes.
+    """
+    if options.restyle < 0:
+        raise UserError(f"--restyle is {options.restyle}; it must not be negative")
+    if options.code_lambda and options.data != GENERATED:
+        raise UserError(
+            "--code-lambda is given, but only --data generated knows the codes"
+        )
+    if options.source and options.data == GENERATED:
+        raise UserError(f"--source is {options.source!r}, but --data is {GENERATED}")
 
 
 def load_judges(
@@ -635,6 +663,34 @@ def preview_of(source: Any, transform: data.Transform) -> dict[str, Array]:
     return {k: jnp.stack([item[k] for item in items]) for k in items[0]}
 
 
+def generate(
+    setup: Setup, params: Any, key: Array, batch: int, mixing: float
+) -> dict[str, Array]:
+    """Pictures of the generator [batch, size, size, 3] and their codes.
+
+    Args:
+      setup: modules and space.
+      params: of the generator.
+      key: of codes and noise.
+      batch: how many.
+      mixing: share of codes that are one up to a row and another from it on.
+    """
+    generator, variables = setup.generator, {"params": params}
+    k1, k2, k3, k4 = jax.random.split(key, 4)
+    z = [sharding.sample_normal(k, batch, generator.z_dim) for k in (k1, k2)]
+    # Samples decide for themselves, so that none depends on the batch.
+    draws = jax.vmap(jax.random.uniform)(sharding.sample_keys(k3, batch))
+    rows = generator.num_ws
+    crossover = jnp.where(draws < mixing, draws / (mixing or 1) * rows, rows)
+    first = jnp.arange(rows)[:, None] < crossover[:, None, None]
+    if setup.space == "w_plus":
+        z = [generator.apply(variables, x, method="mapping") for x in z]
+    codes = jnp.where(first, z[0][:, None], z[1][:, None])
+    keys = sharding.sample_keys(k4, batch)
+    image = draw(setup, params, codes, noise="random", key=keys)
+    return {"image": image, "codes": codes}
+
+
 def make_sample(
     setup: Setup, steps: int, stage_of: Callable[[Array], Any] | None = None
 ) -> Callable[[TrainState, Mapping[str, Any]], Array]:
@@ -678,9 +734,18 @@ def displayed(x: Array) -> Array:
 
 
 def training_data(
-    options: EncodingOptions, kind: str, transform: Callable[..., Any], run: Any, mesh
-) -> tuple[data.Batches, dict[str, Array], str]:
+    options: EncodingOptions,
+    kind: str,
+    transform: Callable[..., Any],
+    run: Any,
+    mesh: Any,
+    setup: Setup,
+    generator_params: Any,
+    mixing: float,
+) -> tuple[data.Batches | None, dict[str, Array], str]:
     """Batches, pictures for the sample grids, and a digest of the data.
+
+    Of generated data there are no batches and no digest.
 
     Args:
       options: what to read, and how.
@@ -688,7 +753,12 @@ def training_data(
       transform: (mirror=bool) -> the transform.
       run: RunOptions.
       mesh: of the run.
+      setup, generator_params, mixing: of `generate`.
     """
+    if options.data == GENERATED:
+        key = jax.random.key(run.seed)
+        shown = generate(setup, generator_params, key, PREVIEW, mixing)
+        return None, {"image": shown["image"]}, ""
     source = open_data(options, kind)
     batches = data.batches(
         source,

@@ -35,6 +35,8 @@ shows input, picture wanted and picture made.
 `--space w` learns one code for all rows; `z_plus` sends each row through the frozen
 mapping network: the encoder that DualStyleGAN needs. `--data generated` needs no data
 set: the generator draws, and `--code-lambda` adds the squared error of the known code.
+`--restyle 5` trains ReStyle's pSp (arXiv 2104.02699), for things that are no faces with
+`--task things --encoder-blocks resnet`.
 """
 
 import dataclasses
@@ -60,9 +62,6 @@ from train.cli import RunOptions, Shared, parse, start, with_out
 from train.encoding import EncodingOptions, Passed, Setup
 from train.state import TrainState, create_state
 
-GENERATED = "generated"
-# Share of generated codes that mix two.
-MIXING = 0.5
 Kind = Literal["same", "apart", "sketch", "labels", "low_resolution"]
 
 
@@ -130,8 +129,6 @@ class Options:
     """Weight of the squared difference there."""
     similarity_lambda: float | None = None
     """Weight of the similarity loss, for things that are no faces."""
-    code_lambda: float = 0.0
-    """--data generated: weight of the mean squared difference to the known code."""
     run: Shared = RunOptions(
         steps=500_000, batch=8, log_every=50, sample_every=1000, save_every=5000
     )
@@ -144,7 +141,7 @@ def lambdas_of(options: Options) -> dict[str, float]:
         name, given = field.name.removesuffix("_lambda"), getattr(options, field.name)
         if field.name.endswith("_lambda") and given is not None:
             values[name] = given
-    return values
+    return values | {"code": options.common.code_lambda}
 
 
 def inputs_of(options: Options) -> Kind:
@@ -169,10 +166,7 @@ def losses(
         if setup.encoder.start_from_w_avg:
             average = params["encoder"]["w_avg"]
         terms["w_norm"] = w_norm(passed.codes, average)
-    if setup.lambdas.get("code") and "codes" in batch:
-        squares = jnp.square(passed.codes - batch["codes"])
-        terms["code"] = jnp.mean(squares, (1, 2))
-    return terms
+    return terms | encoding.code_loss(setup, passed.codes, batch)
 
 
 def loss_fn(
@@ -197,22 +191,9 @@ def loss_fn(
     return encoding.total(setup.lambdas, means), (means, passed)
 
 
-def generate(setup: Setup, params: Any, key: Array, batch: int) -> dict[str, Array]:
-    """Pictures of the generator [batch, size, size, 3] and their codes."""
-    generator, variables = setup.generator, {"params": params}
-    k1, k2, k3, k4 = jax.random.split(key, 4)
-    z = [sharding.sample_normal(k, batch, generator.z_dim) for k in (k1, k2)]
-    # Samples decide for themselves, so that none depends on the batch.
-    draws = jax.vmap(jax.random.uniform)(sharding.sample_keys(k3, batch))
-    rows = generator.num_ws
-    crossover = jnp.where(draws < MIXING, draws / MIXING * rows, rows)
-    first = jnp.arange(rows)[:, None] < crossover[:, None, None]
-    if setup.space == "w_plus":
-        z = [generator.apply(variables, x, method="mapping") for x in z]
-    codes = jnp.where(first, z[0][:, None], z[1][:, None])
-    keys = sharding.sample_keys(k4, batch)
-    image = encoding.draw(setup, params, codes, noise="random", key=keys)
-    return {"image": image, "codes": codes}
+def mixing_of(options: Options) -> float:
+    """Share of generated codes that mix two; an encoder of one code cannot tell."""
+    return 0.0 if options.encoder == "w" else encoding.MIXING
 
 
 def make_step(options: Options, setup: Setup, optimizers: Mapping[str, Any]):
@@ -223,9 +204,11 @@ def make_step(options: Options, setup: Setup, optimizers: Mapping[str, Any]):
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
         params = state.params
-        if options.common.data == GENERATED:
+        if options.common.data == encoding.GENERATED:
             key = jax.random.fold_in(state.key, 1)
-            batch = generate(setup, params["generator"], key, options.run.batch)
+            batch = encoding.generate(
+                setup, params["generator"], key, options.run.batch, mixing_of(options)
+            )
         arguments = (setup, options.common, params, list(optimizers))
         grads, terms, stats = encoding.gradients(
             loss, *arguments, frozen, batch, state.key
@@ -249,16 +232,15 @@ def resolve(options: Options) -> Options:
         raise UserError("--space is z_plus; that needs --encoder gradual or w_plus")
     if common.restyle and options.encoder != "gradual":
         raise UserError("--restyle refines rows; it needs --encoder gradual")
-    if common.restyle < 0:
-        raise UserError(f"--restyle is {common.restyle}; it must not be negative")
-    if common.data == GENERATED and inputs_of(options) != "same":
+    encoding.check(common)
+    if common.data == encoding.GENERATED and inputs_of(options) != "same":
         raise UserError(
-            f"--data is {GENERATED}, but the inputs are {inputs_of(options)}; such "
-            "pictures are their own inputs: use --inputs same"
+            f"--data is {encoding.GENERATED}, but the inputs are {inputs_of(options)}; "
+            "such pictures are their own inputs: use --inputs same"
         )
-    if options.code_lambda and common.data != GENERATED:
+    if common.restyle and not options.start_from_w_avg:
         raise UserError(
-            "--code-lambda is given, but only --data generated knows the codes"
+            "--restyle begins at the average code; leave --no-start-from-w-avg out"
         )
     if not any(lambdas_of(options).values()):
         raise UserError("all weights of the losses are 0: nothing to learn from")
@@ -309,15 +291,10 @@ def train(options: Options, mesh: Any) -> TrainState:
         "weights": weights.digest(params),
         "judges": weights.digest(frozen) if frozen else "",
     }
-    batches = None
-    if common.data == GENERATED:
-        key = jax.random.key(run.seed)
-        shown = generate(setup, params["generator"], key, encoding.PREVIEW)
-        frozen["preview"] = {"image": shown["image"]}
-    else:
-        batches, frozen["preview"], identity["data"] = encoding.training_data(
-            common, kind, make, run, mesh
-        )
+    batches, frozen["preview"], digest = encoding.training_data(
+        common, kind, make, run, mesh, setup, params["generator"], mixing_of(options)
+    )
+    identity |= {"data": digest} if digest else {}
 
     def validation_losses(params, frozen, batch, _):
         x = encoding.inputs(batch)

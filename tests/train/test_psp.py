@@ -12,7 +12,8 @@ from PIL import Image
 import convert
 from convert import pt
 from convert.encoder import encoder_state
-from jaxstyle import weights
+from convert.stylegan2 import generator_state
+from jaxstyle import edits, weights
 from jaxstyle.encoders import GradualStyleEncoder, batch_stats
 from jaxstyle.features.identity import ArcFace
 from jaxstyle.stylegan2 import Generator
@@ -22,6 +23,7 @@ from tests.filled import (
     golden,
     nhwc,
     relative_error,
+    write_psp,
 )
 from tests.train.test_loop import lines, mesh_of
 from train import encoding, optim, psp
@@ -33,48 +35,53 @@ AVERAGE = np.float32(0.3) * draw("golden-v1", "latent_avg", (512,))
 # Parity
 
 
+def moco():
+    trunk = filled_state_dict("moco_resnet50")
+    return {"state_dict": {f"module.encoder_q.{k}": v for k, v in trunk.items()}}
+
+
+# The network of each role, and the file that it is read from.
+JUDGES = {
+    "perceptual": ("lpips", lambda: dict(filled_state_dict("alexnet_features"))),
+    "identity": ("identity", lambda: dict(filled_state_dict("model_ir_se50"))),
+    "similarity": ("resnet", moco),
+}
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """pSp's networks."""
     return load_original(tmp_path_factory.mktemp("files"), "psp_encoder")
 
 
-def load_original(folder, manifest):
-    """Encoder of 8 rows, a 32 px decoder and the judges, through files."""
-    state = {
-        f"encoder.{k}": v for k, v in filled_state_dict(manifest, styles=8).items()
-    }
+def decoder_of_32():
+    """The first layers of the filled 64 px generator."""
     larger = filled_state_dict("stylegan2_g_64")
     dropped = ("convs.6.", "convs.7.", "to_rgbs.3.", "noises.noise_7", "noises.noise_8")
-    state |= {f"decoder.{k}": v for k, v in larger.items() if not k.startswith(dropped)}
-    pt.write(
+    return {k: v for k, v in larger.items() if not k.startswith(dropped)}
+
+
+def load_original(folder, manifest, styles=8, decoder=None, judges=JUDGES):
+    """Encoder, decoder (of 32 px for 8 rows) and judges, through files."""
+    decoder = decoder or decoder_of_32()
+    path = write_psp(
         folder / "psp.pt",
-        {
-            "state_dict": state,
-            "latent_avg": np.repeat(AVERAGE[None], 8, 0),
-            "opts": {"stylegan_size": 32} if "e4e" in manifest else {},
-        },
+        filled_state_dict(manifest, styles=styles),
+        decoder=decoder,
+        latent_avg=np.repeat(AVERAGE[None], styles, 0),
+        opts={"stylegan_size": 32} if "e4e" in manifest else {},
     )
-    pt.write(folder / "arcface.pth", dict(filled_state_dict("model_ir_se50")))
-    pt.write(folder / "alex.pth", dict(filled_state_dict("alexnet_features")))
-    pt.write(
-        folder / "moco.pth",
-        {
-            "state_dict": {
-                f"module.encoder_q.{k}": v
-                for k, v in filled_state_dict("moco_resnet50").items()
-            }
-        },
-    )
-    networks, params, _ = convert.load(folder / "psp.pt")
+    networks, params, _ = convert.load(path)
     modules, frozen = {}, {}
-    for role, name, file in (
-        ("perceptual", "lpips", "alex.pth"),
-        ("identity", "identity", "arcface.pth"),
-        ("similarity", "resnet", "moco.pth"),
-    ):
-        found, values, _ = convert.load(folder / file)
-        modules[role], frozen[role] = found[name], values[name]
+    for role in judges:
+        network, make = JUDGES[role]
+        pt.write(folder / f"{role}.pth", make())
+        found, values, _ = convert.load(folder / f"{role}.pth")
+        modules[role], frozen[role] = found[network], values[network]
+    # The drawn arrays and the files are as large again.
+    filled_state_dict.cache_clear()
+    for file in folder.iterdir():
+        file.unlink()
     return networks, modules, jax.tree.map(jnp.asarray, params), frozen
 
 
@@ -104,16 +111,17 @@ def check_step(original, expected, name, bound=1e-4):
         return psp.loss_fn(trained, params, frozen, batch, before, setup, noise)
 
     @jax.jit
-    def step(params, frozen, batch, opt_state):
-        key = jax.random.key(0)
-        grads, terms, stats = encoding.gradients(
+    def step(params, frozen, batch):
+        key, before = jax.random.key(0), params["encoder"]
+        grads, terms, _ = encoding.gradients(
             loss, setup, options, params, ["encoder"], frozen, batch, key
         )
-        after, _ = optim.apply(tx, grads["encoder"], opt_state, params["encoder"])
-        return grads["encoder"], terms, after, stats
+        # In here the fresh state is no memory.
+        after, _ = optim.apply(tx, grads["encoder"], tx.init(before), before)
+        return grads["encoder"], terms, after
 
     before = params["encoder"]
-    grads, terms, after, _ = step(params, frozen, {"image": images()}, tx.init(before))
+    grads, terms, after = step(params, frozen, {"image": images()})
     total = encoding.total(lambdas, terms)
     np.testing.assert_allclose(total, expected[f"{name}/loss"], rtol=2e-5, atol=2e-5)
     improve = "id_improve" if "id" in terms else "similarity_improve"
@@ -155,12 +163,79 @@ def test_reconstruction_equals_the_original(original):
     assert relative_error(passed.codes, expected["eval_latents"]) < 5e-5
     small = np.asarray(passed.image)[:, ::8, ::8]
     assert relative_error(small, nhwc(expected["eval_image_full"])) < 1e-4
+    check_mixing(networks["generator"], params, passed.codes, expected)
 
 
 @pytest.mark.slow  # half a minute each
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_equal_the_original(original, name):
     check_step(original, golden("psp_step32"), name)
+
+
+@pytest.mark.slow  # 6 GB
+def test_step_at_256_px_equals_the_original(tmp_path):
+    decoder = filled_state_dict("stylegan2_g_256")
+    roles = ("perceptual", "identity")
+    loaded = load_original(tmp_path, "psp_encoder", 14, decoder, roles)
+    expected = golden("psp_step256")
+    networks, _, params, _ = loaded
+    setup = Setup(networks["encoder"], networks["generator"], {}, {})
+    run = jax.jit(lambda p, x: encoding.run(setup, p, x, noise="const"))
+    passed = run(params, images())
+    assert relative_error(passed.codes, expected["eval_latents"]) < 5e-5
+    part, wanted = passed.image[:, 96:128, 96:128], expected["eval_image_pooled_slice"]
+    assert relative_error(part, nhwc(wanted)) < 1e-4
+    check_mixing(networks["generator"], params, passed.codes, expected)
+    check_step(loaded, expected, "encode")
+
+
+def check_mixing(generator, params, codes, expected):
+    """Rows of a random code in those of a picture."""
+    variables = {"params": params["generator"]}
+    w = generator.apply(variables, expected["inject_z"], method="mapping")
+    assert relative_error(w, expected["inject_w"]) < 5e-5
+    rows, other = list(expected["mix_mask"]), jnp.repeat(w[:, None], codes.shape[1], 1)
+    for alpha, name in ((0.3, "mix_alpha03_tail"), (1.0, "mix_replace_tail")):
+        mixed = edits.mix_rows(np.asarray(codes), np.asarray(other), rows, alpha)
+        assert relative_error(mixed[:, rows[0] :], expected[name]) < 5e-5
+        np.testing.assert_array_equal(mixed[:, : rows[0]], codes[:, : rows[0]])
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_gain_of_identity_equals_the_original(original):
+    """Of three pictures: what is made, what is wanted, what was shown."""
+    _, modules, _, frozen = original
+    setup = Setup(None, None, modules, {"id": 1.0})
+    x = images()
+    v = 0.8 * x[:, :, ::-1] + 0.1
+    losses = jax.jit(functools.partial(encoding.picture_losses, setup))
+    expected = golden("arcface")
+    terms = losses(frozen, v, x[::-1], x)
+    gain = jnp.mean(terms["id_improve"])
+    np.testing.assert_allclose(gain, expected["id_improvement_shuffled"], atol=2e-5)
+    loss = jnp.mean(terms["id"])
+    np.testing.assert_allclose(loss, expected["id_loss_shuffled"], atol=2e-5)
+    assert "id_improve" not in losses(frozen, v, x, x[..., :1])
+
+
+def test_decoder_is_updated_in_the_layout_of_the_original():
+    """A first update of Ranger, arrays as in PyTorch: less lr times the centred."""
+    options = EncodingOptions(data="", train_decoder=True, lr=0.5)
+    tx = encoding.make_optimizers(options)["generator"]
+    generator = Generator(16, channels=(8, 8, 8), mapping_depth=2, z_dim=16, w_dim=16)
+    before, grads = (generator.init_params(key=jax.random.key(seed)) for seed in (0, 1))
+    grads = jax.tree.map(lambda x: x + 0.3, grads)
+    after, _ = optim.apply(tx, grads, tx.init(before), before)
+    states = (jax.tree.map(np.asarray, tree) for tree in (before, grads, after))
+    before, grads, after = (generator_state(generator, tree) for tree in states)
+    for key, g in grads.items():
+        if key.startswith("noises") or key.endswith("kernel"):
+            np.testing.assert_array_equal(after[key], before[key])
+            continue
+        if g.ndim > 1:
+            g = g - g.mean(tuple(range(1, g.ndim)), keepdims=True)
+        wanted = before[key] - np.float32(0.5) * g
+        assert relative_error(after[key], wanted) < 1e-6, key
 
 
 def test_norm_of_codes_equals_the_original():
