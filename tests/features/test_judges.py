@@ -11,7 +11,7 @@ import convert
 from convert import pt
 from convert.__main__ import main
 from jaxstyle import weights
-from jaxstyle.encoders import adaptive_pool
+from jaxstyle.encoders import adaptive_pool, resize_corners
 from jaxstyle.errors import UserError
 from jaxstyle.features.identity import ArcFace, FaceDescriptor
 from jaxstyle.features.judges import choose
@@ -205,6 +205,15 @@ def test_pooling_equals_the_original():
     x = nhwc(expected["pool_20_in"])
     assert relative_error(adaptive_pool(x, 7), nhwc(expected["pool_20_to_7"])) < 1e-6
     assert relative_error(adaptive_pool(x, 32), nhwc(expected["pool_20_to_32"])) < 1e-6
+    larger = resize_corners(x[:, :5, :5], 10)
+    wanted = nhwc(expected["bilinear_align_corners_5_to_10"])
+    assert relative_error(larger, wanted) < 1e-6
+    # What ArcFace's crop is pooled by: windows of two and three pixels.
+    ramp = np.arange(188, dtype=np.float32)
+    edges = zip(expected["pool_starts"], expected["pool_ends"], strict=True)
+    means = [ramp[start:end].mean() for start, end in edges]
+    pooled = adaptive_pool(np.broadcast_to(ramp[:, None, None], (1, 188, 188, 1)), 112)
+    np.testing.assert_allclose(pooled[0, :, 0, 0], means, rtol=1e-5)
 
 
 def test_choice_is_printed(tmp_path, monkeypatch, capsys):
