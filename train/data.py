@@ -139,7 +139,11 @@ class TfdsPictures(Sequence):
     def __getitem__(self, index: int) -> Image.Image:
         if index >= len(self):
             raise IndexError(index)
-        image = np.asarray(self.source[index][self.arguments[2]])
+        try:
+            image = np.asarray(self.source[index][self.arguments[2]])
+        except Exception as error:
+            # Decoders fail in many ways; all mean the same to the user.
+            raise UserError(f"{self.name(index)} is damaged ({error})") from None
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
     def name(self, index: int) -> str:
@@ -303,7 +307,7 @@ def open_pairs(
 def fingerprint(source: Sequence) -> str:
     """A digest that changes with the data set: its names, sizes and first picture."""
     state = hashlib.sha256(f"{len(source)} {source.stamp()}".encode())
-    first = _first_readable(source, 0)[0]
+    first = first_readable(source, 0, _as_it_is)[0]
     for part in first if isinstance(first, tuple) else [first]:
         state.update(np.ascontiguousarray(part).tobytes())
     return state.hexdigest()[:16]
@@ -317,19 +321,39 @@ def plain(image: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"image": image}
 
 
+def _as_it_is(item: Any, rng: np.random.Generator) -> Any:
+    return item
+
+
 def mirrored(image: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Every second picture, at random, flipped left to right."""
     return {"image": image[:, ::-1] if rng.random() < 0.5 else image}
 
 
-def _first_readable(source: Sequence, index: int) -> tuple[Any, int]:
-    """The item at `index` or the next that can be read, and the broken index or -1."""
-    broken, n = -1, len(source)
+def first_readable(
+    source: Sequence, index: int, transform: Transform = plain, seed: Any = 0
+) -> tuple[Mapping[str, np.ndarray], int]:
+    """The example at `index`, or the next that can be made.
+
+    Args:
+      source: of the items.
+      index: where to look first.
+      transform: of an item; see `batches`.
+      seed: of the transform's draws.
+
+    Returns:
+      The example, and `index` if that one is broken, else -1.
+
+    Raises:
+      UserError: as many as `TRIES` in a row cannot be read.
+    """
+    n = len(source)
     for i in range(min(TRIES, n)):
         try:
-            return source[(index + i) % n], broken
+            item = source[(index + i) % n]
+            return transform(item, np.random.default_rng(seed)), index if i else -1
         except UserError as problem:
-            error, broken = problem, index if i == 0 else broken
+            error = problem
     raise UserError(f"{min(TRIES, n)} pictures in a row cannot be read: {error}")
 
 
@@ -349,12 +373,29 @@ class _Rows(Sequence):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, row = divmod(index, self.local)
         position = (self.first + step) * self.batch + self.rows.start + row
-        item, broken = _first_readable(self.source, int(self.order[position]))
-        rng = np.random.default_rng((self.seed, position))
-        example = self.transform(item, rng)
+        example, broken = first_readable(
+            self.source,
+            int(self.order[position]),
+            self.transform,
+            (self.seed, position),
+        )
         return {k: np.ascontiguousarray(v) for k, v in example.items()} | {
             "broken": np.int64(broken)
         }
+
+    def problem(self, index: int) -> str:
+        """What is wrong with a broken item, its file named: it is read once more."""
+        name = self.source.name(index)
+        try:
+            item = self.source[index]
+        except UserError as error:
+            # It names the file, of a pair the one that is broken.
+            return str(error)
+        try:
+            self.transform(item, np.random.default_rng(0))
+        except UserError as error:
+            return f"{name}: {error}"
+        return f"{name} could not be read at first"
 
 
 class Batches:
@@ -396,14 +437,14 @@ class Batches:
         """Name what could not be read, once each."""
         for index in set(indices.tolist()) - self._broken - {-1}:
             self._broken.add(index)
-            name = self._rows.source.name(index)
+            reason = self._rows.problem(index)
             count, limit = len(self._broken), self._reading.max_broken
             if count > limit:
                 raise UserError(
-                    f"{name} cannot be read, number {count} of such; --max-broken is "
-                    f"{limit}: repair or remove them, or raise it"
+                    f"{reason}; number {count} of such, --max-broken is {limit}: "
+                    "repair or remove them, or raise it"
                 )
-            print(f"left out: {name} cannot be read ({count} of at most {limit})")
+            print(f"left out: {reason} ({count} of at most {limit})", flush=True)
 
     def get_state(self) -> dict[str, int]:
         """Batches given so far."""

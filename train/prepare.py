@@ -5,9 +5,11 @@
 
 Crops the pictures to squares, shrinks them to `--size`, encodes them once (PNG, or
 JPEG with `--jpeg 95`) and writes array_record files with TFDS, which needs no
-TensorFlow. The folder OUT is then taken by `--data` of every command. With `--source
-FOLDER` each picture wanted keeps the input of the same name beside it (sketches, label
-maps), in the input's own size and colours.
+TensorFlow. The folder OUT is then taken by `--data` of every command; TFDS itself reads
+it with `tfds.builder_from_directory("OUT/pictures/1.0.0")`.
+
+With `--source FOLDER` each picture wanted keeps the input of the same name beside it
+(sketches, label maps), in the input's own size and colours.
 
 A picture that cannot be read is reported by name and left out, up to `--max-broken`.
 Nothing is written under OUT's name before all of it is.
@@ -174,7 +176,10 @@ def main(args: list[str] | None = None) -> None:
             "least 1, --jpeg from 0 to 100"
         )
     count = write(options)
-    print(f"{count} examples in {options.out}; now: --data {options.out}")
+    print(
+        f"{count} examples in {options.out}; now: --data {options.out}, or "
+        f"--data tfds:{NAME}:train --tfds-folder {options.out}"
+    )
 
 
 if __name__ == "__main__":

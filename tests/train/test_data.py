@@ -1,4 +1,7 @@
+import functools
 import io
+import os
+import re
 import threading
 
 import numpy as np
@@ -6,8 +9,9 @@ import pytest
 from PIL import Image
 
 from jaxstyle.errors import UserError
+from tests.train import toy
 from tests.train.test_loop import mesh_of
-from train import data, prepare
+from train import data, prepare, read_speed, transforms
 
 # Pictures that say which they are: constant, the sign of the left half tells a flip.
 MARKED = (
@@ -116,7 +120,8 @@ def test_damaged_picture_is_named_and_left_out(folder, capsys):
     assert len(images) == 20 and np.isfinite(images).all()
     # Once, although it came up four times; 3.png took its place.
     printed = capsys.readouterr().out
-    assert printed.count("2.png cannot be read (1 of at most 10)") == 1
+    assert printed.count("left out:") == 1
+    assert re.search(r"2.png is damaged .* \(1 of at most 10\)", printed)
     shades = np.rint((images[:, 0, 0, 0] + 1) * 127.5).astype(int)
     assert (shades == 150).sum() == 8 and (shades == 100).sum() == 0
     strict = data.ReadOptions(max_broken=0)
@@ -129,6 +134,54 @@ def test_damaged_picture_is_named_and_left_out(folder, capsys):
     with pytest.raises(UserError, match="5 pictures in a row"):
         next(stream)
     assert threading.active_count() < 50
+
+
+def test_broken_input_of_a_pair_is_named(folder, tmp_path, capsys):
+    inputs = tmp_path / "labels"
+    inputs.mkdir()
+    for i in range(5):
+        Image.new("L", (6, 9), i).save(inputs / f"{i}.png")
+    (inputs / "1.png").write_bytes(b"nothing")
+    (folder / "4.png").write_bytes(b"")
+    pairs = data.open_pairs(str(folder), str(inputs), labels=True)
+    # A class that does not exist makes an example as useless as a damaged file.
+    labels = functools.partial(transforms.labels, size=4, classes=3)
+    stream = data.batches(pairs, 5, mesh_of(1), seed=0, transform=labels)
+    batch = next(stream)
+    assert sorted(set(batch["input"].argmax(-1)[:, 0, 0].tolist())) == [0, 2]
+    printed = capsys.readouterr().out
+    assert f"{inputs}/1.png is damaged" in printed
+    assert f"{folder}/4.png is an empty file" in printed
+    assert f"{folder}/3.png: a label map holds the class 3; there are 3" in printed
+    assert "(3 of at most 10)" in printed
+    reading = data.ReadOptions(workers=1)
+    there = data.batches(
+        pairs, 5, mesh_of(1), seed=0, transform=labels, reading=reading
+    )
+    np.testing.assert_array_equal(next(there)["input"], batch["input"])
+    there.close()
+
+
+def test_resumed_run_sees_the_same_pictures(tmp_path, monkeypatch):
+    folder, seen, following = tmp_path / "pictures", [], data.Batches.__next__
+    folder.mkdir()
+    for i in range(11):
+        shade = np.full((8, 8, 3), 20 * i, np.uint8)
+        shade[:, :4] += 9
+        Image.fromarray(shade).save(folder / f"{i}.png")
+    monkeypatch.setattr(toy, "PICTURES", data.open_source(str(folder), 8))
+
+    def record(batches):
+        seen.append(following(batches)["image"])
+        return {"image": seen[-1]}
+
+    monkeypatch.setattr(data.Batches, "__next__", record)
+    toy.run(toy.options(tmp_path / "whole"), mesh_of(2))
+    whole, seen[:] = np.stack(seen), []
+    for steps in (2, 5, 6):
+        toy.run(toy.options(tmp_path / "parts", steps=steps), mesh_of(2))
+    # Across the ends of two epochs, and not one picture twice or left out.
+    np.testing.assert_array_equal(np.stack(seen), whole)
 
 
 def test_workers_read_the_same(folder):
@@ -239,6 +292,13 @@ def test_prepared_folder_is_data(folder, tmp_path, capsys):
     prepare.main([str(folder), str(out), "--size", "4"])
     printed = capsys.readouterr()
     assert "1.png is damaged" in printed.out and "4 examples" in printed.out
+    assert f"--data tfds:pictures:train --tfds-folder {out}" in printed.out
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = tfds.builder_from_directory(str(out / "pictures" / "1.0.0"))
+    assert builder.info.file_format.value == "array_record"
+    assert builder.as_data_source("train")[0]["image"].shape == (4, 4, 3)
+    half = data.open_source("tfds:pictures:train[:50%]", 4, str(out))
+    assert len(half) == 2
     source = data.open_source(str(out), 4)
     means = sorted(float(source[i].mean() + 1) * 127.5 for i in range(len(source)))
     np.testing.assert_allclose(means, [0, 100, 150, 200], atol=1e-3)
@@ -258,6 +318,29 @@ def test_prepared_folder_is_data(folder, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_damaged_example_of_a_set_is_named(folder, tmp_path, capsys):
+    out = tmp_path / "set"
+    prepare.main([str(folder), str(out), "--size", "4"])
+    source = data.open_source(str(out), 4)
+    capsys.readouterr()
+
+    class Damaged(list):
+        """The set with an example whose bytes are no picture."""
+
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("cannot identify image file")
+            return super().__getitem__(index)
+
+    pictures = source.source
+    pictures.source = Damaged(pictures.source[i] for i in range(5))
+    images = take(data.batches(source, 5, mesh_of(1), seed=0), 2)
+    assert len(images) == 10
+    printed = capsys.readouterr().out
+    assert f"{out}[2] is damaged (cannot identify image file)" in printed
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_prepared_pairs(folder, tmp_path):
     inputs = tmp_path / "labels"
     inputs.mkdir()
@@ -271,3 +354,37 @@ def test_prepared_pairs(folder, tmp_path):
         assert label.mode == "L" and label.size == (7, 7)
         assert int(np.asarray(label).max()) * 50 == np.asarray(picture).max()
     assert len(pairs) == 5 and len(data.fingerprint(pairs)) == 16
+
+
+def test_read_speed(folder, capsys):
+    arguments = ["--size", "4", "--batch", "2", "--batches", "2", "--workers", "0"]
+    read_speed.main([str(folder), *arguments])
+    printed = capsys.readouterr().out
+    assert "5 pictures, to 4 px" in printed
+    assert "plain PIL loop" in printed and "threads" in printed
+    with pytest.raises(SystemExit):
+        read_speed.main([str(folder), "--workers", "-1"])
+    assert "--workers is (-1,); none may be negative" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_many_pictures_take_the_memory_of_a_few_batches(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "one.jpg")
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(3000):
+        (folder / f"{i}.jpg").symlink_to(tmp_path / "one.jpg")
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    stream = data.batches(data.open_source(str(folder), 300), 4, mesh_of(1), seed=0)
+    next(stream)
+    before, most = resident(), 0
+    for _ in range(150):
+        next(stream)
+        most = max(most, resident())
+    # A batch is 4 MB, and 600 MB were read.
+    assert most - before < 64 * 2**20
