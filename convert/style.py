@@ -54,7 +54,7 @@ def style_files(folder: str | os.PathLike) -> tuple[list[Path], list[Path]]:
       UserError: the folder holds no generator.
     """
     own = sorted(p for p in Path(folder).iterdir() if p.is_file())
-    above = Path(folder).absolute().parent.glob("encoder*.pt")
+    above = list(Path(folder).absolute().parent.glob("encoder*.pt"))
     taken = []
     for patterns in _TOGETHER:
         found = [
