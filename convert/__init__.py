@@ -364,7 +364,10 @@ def _encoder(value, kind, report):
         rows = rows if rows > 1 else 18
     start = _truth(opts.get("start_from_latent_avg"), latent_avg is not None)
     if parts["encoder"]:
-        module, p = encoder.encoder(parts["encoder"], kind, rows, start, report)
+        cars = str(opts.get("dataset_type", "")).startswith("cars")
+        module, p = encoder.encoder(
+            parts["encoder"], kind, rows, start, report, cars=cars
+        )
         p["w_avg"] = _rows(latent_avg, module, start, report)
         networks["encoder"], params["encoder"] = module, p
     else:
@@ -519,6 +522,8 @@ def to_pt(networks: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
             "input_nc": e.in_channels,
         },
     }
+    if e.rows:
+        value["opts"]["dataset_type"] = "cars_encode"
     if critic := networks.get("latent_discriminator"):
         value["discriminator_state_dict"] = encoder.latent_discriminator_state(
             critic, params["latent_discriminator"]

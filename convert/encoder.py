@@ -29,6 +29,9 @@ from jaxstyle.encoders import (
 )
 from jaxstyle.errors import UserError
 
+# Rows that e4e's and ReStyle's encoders of cars see in a picture of 256.
+CARS = (32, 224)
+
 Encoder = (
     GradualStyleEncoder | Encoder4Editing | BackboneWEncoder | BackboneWPlusEncoder
 )
@@ -173,6 +176,8 @@ def encoder(
     num_styles: int,
     start_from_w_avg: bool,
     report: Report,
+    *,
+    cars: bool = False,
 ) -> tuple[Encoder, dict[str, Any]]:
     """Architecture and parameters of an encoder, without its `w_avg`.
 
@@ -182,6 +187,7 @@ def encoder(
       num_styles: rows for the W baseline, whose shapes do not tell.
       start_from_w_avg: whether its codes are offsets from the average.
       report: what happened.
+      cars: it was trained on the middle rows of a square, see `CARS`.
     """
     state = without(state, r"num_batches_tracked$", "counters of batches", report)
     fields, blocks, shortcuts = trunk_fields(state)
@@ -204,6 +210,9 @@ def encoder(
     fields["start_from_w_avg"] = start_from_w_avg
     if rows:
         fields |= _pyramid(state, convs, laterals, len(fields["units"]))
+        if cars:
+            fields["rows"] = tuple(round(n * fields["size"] / 256) for n in CARS)
+            report.notes.append("it sees the middle 192 of 256 rows, as cars are wide")
         module = (Encoder4Editing if kind == "e4e" else GradualStyleEncoder)(**fields)
         name = "e4e" if kind == "e4e" else "pSp"
         name = name if laterals > 0 else f"ReStyle's {name}"

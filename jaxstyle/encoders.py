@@ -104,37 +104,43 @@ def equal_dense(params: Params, x: Array) -> Array:
     return x @ (weight / np.sqrt(weight.shape[0])) + params["bias"]
 
 
-def resize_corners(x: Array, size: int) -> Array:
-    """Bilinear resize [b, h, h, c] to [b, size, size, c] that keeps corner pixels.
+def resize_corners(x: Array, height: int, width: int) -> Array:
+    """Bilinear resize [b, h, w, c] to [b, height, width, c] that keeps corner pixels.
 
     PyTorch's `align_corners=True`; `jax.image.resize` aligns pixel edges instead.
     """
-    old = x.shape[1]
-    at = np.linspace(0, old - 1, size)
-    matrix = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))
-    return _resample(x, matrix)
+    matrices = []
+    for old, new in zip(x.shape[1:3], (height, width), strict=True):
+        at = np.linspace(0, old - 1, new)
+        matrices.append(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old))))
+    return _resample(x, *matrices)
 
 
 def adaptive_pool(x: Array, size: int) -> Array:
-    """Average [b, h, h, c] over size × size windows, which overlap if uneven.
+    """Average [b, h, w, c] over size × size windows, which overlap if uneven.
 
     A smaller picture is enlarged by repeating pixels.
     """
-    b, old, _, c = x.shape
-    if old % size == 0:
-        return x.reshape(b, size, old // size, size, old // size, c).mean((2, 4))
-    if size % old == 0:
-        return jnp.repeat(jnp.repeat(x, size // old, 1), size // old, 2)
+    b, height, width, c = x.shape
+    if height % size == width % size == 0:
+        x = x.reshape(b, size, height // size, size, width // size, c)
+        return x.mean((2, 4))
+    if size % height == size % width == 0:
+        return jnp.repeat(jnp.repeat(x, size // height, 1), size // width, 2)
+    return _resample(x, _windows(height, size), _windows(width, size))
+
+
+def _windows(old: int, size: int) -> np.ndarray:
     start = np.arange(size) * old // size
     end = -(-(np.arange(size) + 1) * old // size)
     column = np.arange(old)
     inside = (column >= start[:, None]) & (column < end[:, None])
-    return _resample(x, inside / (end - start)[:, None])
+    return inside / (end - start)[:, None]
 
 
-def _resample(x: Array, matrix: np.ndarray) -> Array:
-    matrix = jnp.asarray(matrix, x.dtype)
-    return jnp.einsum("ih,bhwc,jw->bijc", matrix, x, matrix)
+def _resample(x: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
 
 
 # Trunk
@@ -306,7 +312,7 @@ def map_to_styles(params: list[Params], x: Array) -> Array:
 
     Args:
       params: one dict a row, `conv_0` .. and `dense`.
-      x: [batch, spatial, spatial, channels].
+      x: [batch, height, width, channels].
 
     Returns:
       [batch, rows, w_dim], float32.
@@ -342,7 +348,7 @@ def pyramid(
     for k in range(1, levels):
         lateral = params[f"lateral_{k}"]
         y = conv(stages[k], lateral["weight"]) + lateral["bias"].astype(maps[0].dtype)
-        maps.append(resize_corners(maps[-1], y.shape[1]) + y)
+        maps.append(resize_corners(maps[-1], *y.shape[1:3]) + y)
     return tuple(maps)
 
 
@@ -420,6 +426,8 @@ def _features(encoder: nn.Module, params: Params, images: Array, train: bool):
             f"images have shape {list(images.shape)}; this encoder takes "
             f"[batch, {', '.join(map(str, wanted))}]"
         )
+    if encoder.rows:
+        images = images[:, slice(*encoder.rows)]
     return trunk(params, images, encoder.units, train=train, dtype=encoder.dtype)
 
 
@@ -441,6 +449,8 @@ class GradualStyleEncoder(nn.Module):
       level_rows: first row that reads the pyramid's second (middle) map, third (fine).
       start_from_w_avg: whether codes are offsets from `w_avg`.
       blocks: of the trunk: `ir_se`, or `resnet` as ReStyle's for things but faces.
+      rows: first of the rows it sees, and the one after the last; empty: all. Pictures
+        of cars are wide and lie in a square one.
       dtype: of the convolutions; normalisation and linear layers are float32.
     """
 
@@ -454,6 +464,7 @@ class GradualStyleEncoder(nn.Module):
     level_rows: tuple[int, ...] = (3, 7)
     start_from_w_avg: bool = True
     blocks: str = "ir_se"
+    rows: tuple[int, ...] = ()
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:
@@ -500,6 +511,7 @@ class Encoder4Editing(nn.Module):
     level_rows: tuple[int, ...] = (3, 7)
     start_from_w_avg: bool = True
     blocks: str = "ir_se"
+    rows: tuple[int, ...] = ()
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:
@@ -552,6 +564,7 @@ class BackboneWEncoder(nn.Module):
     w_dim: int = 512
     start_from_w_avg: bool = True
     blocks: str = "ir_se"
+    rows: tuple[int, ...] = ()
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:
@@ -589,6 +602,7 @@ class BackboneWPlusEncoder(nn.Module):
     pool: int = 7
     start_from_w_avg: bool = True
     blocks: str = "ir_se"
+    rows: tuple[int, ...] = ()
     dtype: Any = "float32"
 
     def init_params(self, *, key: Array) -> dict:

@@ -157,6 +157,18 @@ def test_e4e_equals_the_original(tmp_path):
     check_e4e(tmp_path, 8, legacy=True)
 
 
+@pytest.mark.slow  # half a minute
+def test_encoder_of_cars_equals_the_original(tmp_path):
+    """It sees 192 of 256 rows; the values are of e4e's module on those."""
+    state = filled_state_dict("e4e_encoder", styles=8)
+    options = {"encoder_type": "Encoder4Editing", "dataset_type": "cars_encode"}
+    networks, params = through_file(tmp_path, state, options)
+    module, params = networks["encoder"], params["encoder"]
+    assert module == Encoder4Editing(num_styles=8, rows=(32, 224))
+    codes, _ = apply(module, params, pictures())
+    assert relative_error(codes, golden("e4e_cars")["codes8"]) < BOUND
+
+
 @pytest.mark.slow  # 1.1 GB of weights each
 @pytest.mark.parametrize("check", [check_psp, check_e4e])
 def test_all_18_styles(tmp_path, check):
@@ -351,6 +363,21 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize(
+    "kind", [GradualStyleEncoder, BackboneWEncoder, BackboneWPlusEncoder]
+)
+def test_rows_that_an_encoder_sees(kind, key):
+    fields = {"level_rows": (3,)} if kind is GradualStyleEncoder else {}
+    module = kind(rows=(4, 28), **SMALL, **fields)
+    params = module.init_params(key=key)
+    images = np.array(jax.random.normal(key, (2, 32, 32, 3)))
+    codes, _ = apply(module, params, images)
+    images[:, :4], images[:, 28:] = 7, -7
+    again, _ = apply(module, params, images)
+    np.testing.assert_array_equal(codes, again)
+    assert not np.array_equal(apply(module.clone(rows=()), params, images)[0], codes)
+
+
 @pytest.mark.parametrize("kind", [GradualStyleEncoder, Encoder4Editing])
 def test_small_encoder(kind, key):
     module = kind(level_rows=(3,), **SMALL)
@@ -417,7 +444,7 @@ def test_running_variance_is_the_unbiased_one():
 
 def test_resampling_by_hand():
     x = jnp.arange(3.0)[None, :, None, None] * jnp.ones((1, 3, 3, 1))
-    np.testing.assert_allclose(resize_corners(x, 5)[0, :, 2, 0], [0, 0.5, 1, 1.5, 2])
+    np.testing.assert_allclose(resize_corners(x, 5, 5)[0, :, 2, 0], [0, 0.5, 1, 1.5, 2])
     x = jnp.arange(5.0)[None, :, None, None] * jnp.ones((1, 5, 5, 1))
     # Windows 0..1, 1..3, 3..4 overlap.
     np.testing.assert_allclose(adaptive_pool(x, 3)[0, :, 0, 0], [0.5, 2, 3.5])

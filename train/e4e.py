@@ -15,7 +15,7 @@ compilation for all of them; Ranger counts each row's updates from when it joins
 
     python -m train.e4e --data ffhq --weights weights/ffhq
     python -m train.e4e --data cars --weights weights/cars --id-lambda 0 \
-        --similarity-lambda 0.5
+        --similarity-lambda 0.5 --encoder-rows 32 224
 
 Published: 200,000 to 300,000 iterations of batch 8. Losses of D stay near 0.5 to 0.6
 each. An encoder from before the last row has joined (52,000 at 1024 px) reads well only
@@ -347,6 +347,11 @@ def resolve(options: Options) -> Options:
                 f"at least {low}"
             )
     encoding.check(options.common)
+    if options.common.encoder_rows and options.id_lambda:
+        raise UserError(
+            "--encoder-rows is for pictures without faces: use --id-lambda 0 and "
+            "--similarity-lambda 0.5"
+        )
     return with_out(options, f"e4e-{PurePath(options.common.data).stem}")
 
 
@@ -392,7 +397,10 @@ def train(options: Options, mesh: Any) -> TrainState:
     setup, critic, params, frozen = make_setup(options)
     optimizers = make_optimizers(options)
     identity = {"weights": weights.digest(params), "judges": weights.digest(frozen)}
-    make = functools.partial(encoding.make_transform, "same", size=setup.encoder.size)
+    encoder = setup.encoder
+    make = functools.partial(
+        encoding.make_transform, "same", size=encoder.size, rows=encoder.rows
+    )
     batches, frozen["preview"], digest = encoding.training_data(
         common, "same", make, run, mesh, setup, params["generator"], 0.0
     )

@@ -81,6 +81,10 @@ class EncodingOptions:
     """How many in each of its stages; empty: 3 4 14 3, for ResNet-34 3 4 6 3."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of its stages."""
+    encoder_rows: tuple[int, ...] = ()
+    """Rows that a new encoder sees, first and one after the last; empty: all. Cars:
+    32 224, into which the pictures are resized (LSUN's generator of cars draws them
+    so). The losses are taken there."""
     trunk_net: str = ""
     """Network that the trunk of a new encoder starts from; empty: the identity network
     or weights/arcface, for ResNet blocks weights/resnet34, if there."""
@@ -158,6 +162,9 @@ def picture_losses(
       wanted: the same shape; no gradient flows into it.
       shown: what the encoder saw, [batch, size, size, channels]; None: what is wanted.
     """
+    if rows := getattr(setup.encoder, "rows", ()):
+        made, wanted = made[:, slice(*rows)], wanted[:, slice(*rows)]
+        shown = None if shown is None else shown[:, slice(*rows)]
     wanted = jax.lax.stop_gradient(wanted)
 
     def lpips(a, b):
@@ -388,6 +395,16 @@ def check(options: EncodingOptions) -> None:
         raise UserError(
             "--code-lambda is given, but only --data generated knows the codes"
         )
+    rows, step = options.encoder_rows, 1 << len(options.encoder_channels)
+    if rows and not (
+        len(rows) == 2
+        and 0 <= rows[0] < rows[1] <= options.encoder_size
+        and (rows[1] - rows[0]) % step == 0
+    ):
+        raise UserError(
+            f"--encoder-rows is {' '.join(map(str, rows))}; it must be two of the "
+            f"{options.encoder_size} rows, a multiple of {step} apart"
+        )
     if options.source and options.data == GENERATED:
         raise UserError(f"--source is {options.source!r}, but --data is {GENERATED}")
 
@@ -450,6 +467,7 @@ def make_networks(
         channels=options.encoder_channels,
         w_dim=generator.w_dim,
         blocks=options.encoder_blocks,
+        rows=options.encoder_rows,
         **levels,
     )
     if options.start:

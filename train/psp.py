@@ -233,6 +233,14 @@ def resolve(options: Options) -> Options:
     if common.restyle and options.encoder != "gradual":
         raise UserError("--restyle refines rows; it needs --encoder gradual")
     encoding.check(common)
+    faces = {"id", "lpips_crop", "l2_crop"} & {
+        k for k, v in lambdas_of(options).items() if v
+    }
+    if common.encoder_rows and (inputs_of(options) != "same" or faces):
+        raise UserError(
+            "--encoder-rows is for pictures that are their own inputs and show no "
+            "faces: use --task things"
+        )
     if common.data == encoding.GENERATED and inputs_of(options) != "same":
         raise UserError(
             f"--data is {encoding.GENERATED}, but the inputs are {inputs_of(options)}; "
@@ -283,6 +291,7 @@ def train(options: Options, mesh: Any) -> TrainState:
         encoding.make_transform,
         kind,
         size=setup.encoder.size,
+        rows=setup.encoder.rows,
         classes=options.classes,
         nearest=options.nearest_labels,
         factors=options.factors,

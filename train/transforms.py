@@ -15,14 +15,30 @@ from PIL import Image
 from jaxstyle import inputs
 
 FACTORS = (1, 2, 4, 8, 16, 32)
+BILINEAR = Image.Resampling.BILINEAR
 Rng = np.random.Generator
 Example = dict[str, np.ndarray]
 Pair = tuple[Image.Image, Image.Image]
 
 
-def same(item: Image.Image, rng: Rng, *, size: int, mirror: bool = True) -> Example:
-    """Inversion: the picture itself, flipped at random."""
-    return {"image": _flip(_resized(item, size), rng, mirror)}
+def same(
+    item: Image.Image,
+    rng: Rng,
+    *,
+    size: int,
+    mirror: bool = True,
+    rows: Sequence[int] = (),
+) -> Example:
+    """Inversion: the picture itself, flipped at random.
+
+    With `rows`, first and one after the last, it lies there and all else is black.
+    """
+    if not rows:
+        return {"image": _flip(_resized(item, size), rng, mirror)}
+    wide = item.convert("RGB").resize((size, rows[1] - rows[0]), BILINEAR)
+    image = np.full((size, size, 3), -1, np.float32)
+    image[slice(*rows)] = inputs.values(wide)
+    return {"image": _flip(image, rng, mirror)}
 
 
 def apart(item: Pair, rng: Rng, *, size: int, mirror: bool = True) -> Example:

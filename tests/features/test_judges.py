@@ -205,7 +205,7 @@ def test_pooling_equals_the_original():
     x = nhwc(expected["pool_20_in"])
     assert relative_error(adaptive_pool(x, 7), nhwc(expected["pool_20_to_7"])) < 1e-6
     assert relative_error(adaptive_pool(x, 32), nhwc(expected["pool_20_to_32"])) < 1e-6
-    larger = resize_corners(x[:, :5, :5], 10)
+    larger = resize_corners(x[:, :5, :5], 10, 10)
     wanted = nhwc(expected["bilinear_align_corners_5_to_10"])
     assert relative_error(larger, wanted) < 1e-6
     # What ArcFace's crop is pooled by: windows of two and three pixels.

@@ -207,6 +207,41 @@ def test_restyle_and_continuing(base, faces, tmp_path, quick_compile):
     assert weights.load(tmp_path / "parts")[0].encoder.level_rows == ()
 
 
+@pytest.mark.slow  # half a minute of compiling
+def test_steps_are_the_same_on_one_device_and_on_eight(base, faces):
+    """Critic, its regularisation, encoder: the losses of the first iteration."""
+    options = e4e.Options(
+        common=EncodingOptions(
+            data=str(faces),
+            weights=str(base),
+            encoder_size=32,
+            encoder_units=(1, 1, 1),
+            encoder_channels=(16, 16, 16),
+        ),
+        id_lambda=0.0,
+        progressive_start=0,
+        w_pool=4,
+        run=e4e.RunOptions(batch=8),
+    )
+    setup, critic, params, frozen = e4e.make_setup(options)
+    optimizers = e4e.make_optimizers(options)
+    state = e4e.make_state(options, params, optimizers)
+    steps = [step for _, step in e4e.schedule(options, setup, critic, optimizers)]
+    batch = {"image": jax.random.uniform(jax.random.key(1), (8, 32, 32, 3))}
+    results = test_psp.on_one_and_eight(steps, state, frozen, batch)
+    (_, first), (_, second) = results
+    assert {"d_loss", "d_r1", "loss", "lpips", "l2", "critic", "delta"} <= set(first)
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_generated_pictures_and_their_codes(base, tmp_path, quick_compile):
+    flags = ["--data", "generated", "--id-lambda", 0, "--code-lambda", 0.5]
+    written = train(base, tmp_path / "run", *flags, "--steps", 2)
+    assert {"code", "l2", "critic"} <= set(written[-1])
+
+
 def test_mistakes_are_explained(base, faces, tmp_path, capsys):
     for flags, message in (
         (["--optimizer", "adam"], "use ranger"),

@@ -392,7 +392,32 @@ def test_loss_falls(base, faces, tmp_path):
     assert np.mean([w["loss"] for w in written[-5:]]) < 0.9 * first
 
 
-def test_step_is_the_same_on_one_device_and_on_eight(base, faces):
+def on_one_and_eight(make_steps, state, frozen, batch):
+    """States and metrics after the first iteration on meshes of 1 and 8 devices."""
+    results = []
+    for devices in (1, 8):
+        mesh = mesh_of(devices)
+        with jax.set_mesh(mesh):
+            layout = encoding.sharding.shardings(state, mesh)
+            placed = encoding.sharding.place(state, layout)
+            sharded = encoding.sharding.global_batch(batch, mesh)
+            metrics = {}
+            for step in make_steps:
+                placed, values = jax.jit(step)(placed, frozen, sharded)
+                metrics |= values
+            results.append(jax.device_get((placed, metrics)))
+    return results
+
+
+@pytest.mark.parametrize(
+    "lambdas",
+    [
+        {"id_lambda": 0.0, "lpips_lambda": 0.0},
+        # All losses of ffhq_encode: half a minute of compiling.
+        pytest.param({"w_norm_lambda": 0.005}, marks=pytest.mark.slow),
+    ],
+)
+def test_step_is_the_same_on_one_device_and_on_eight(base, faces, judge, lambdas):
     """Batch statistics are those of the global batch."""
     options = psp.Options(
         common=EncodingOptions(
@@ -401,26 +426,20 @@ def test_step_is_the_same_on_one_device_and_on_eight(base, faces):
             encoder_size=32,
             encoder_units=(1, 1, 1),
             encoder_channels=(16, 16, 16),
+            identity_net=str(judge),
         ),
-        id_lambda=0.0,
-        lpips_lambda=0.0,
         run=psp.RunOptions(batch=8),
+        **lambdas,
     )
     setup, params, frozen = psp.make_setup(options)
     optimizers = encoding.make_optimizers(options.common)
     batch = {"image": jax.random.uniform(jax.random.key(1), (8, 32, 32, 3))}
-    results = []
-    for devices in (1, 8):
-        mesh = mesh_of(devices)
-        state = psp.create_state(params, optimizers, key=jax.random.key(0))
-        with jax.set_mesh(mesh):
-            step = jax.jit(psp.make_step(options, setup, optimizers))
-            sharded = encoding.sharding.global_batch(batch, mesh)
-            layout = encoding.sharding.shardings(state, mesh)
-            state = encoding.sharding.place(state, layout)
-            results.append(jax.device_get(step(state, frozen, sharded)))
-    (one, first), (eight, second) = results
-    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-5)
+    state = psp.create_state(params, optimizers, key=jax.random.key(0))
+    step = psp.make_step(options, setup, optimizers)
+    (one, first), (eight, second) = on_one_and_eight([step], state, frozen, batch)
+    assert len(first) == 2 if "id_lambda" in lambdas else 6
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, rtol=1e-5, err_msg=name)
     for a, b in zip(
         jax.tree.leaves(batch_stats(one.params["encoder"])),
         jax.tree.leaves(batch_stats(eight.params["encoder"])),
@@ -461,6 +480,12 @@ def test_trunk_starts_from_arcface(base, tmp_path, monkeypatch, capsys):
         ("--space w", "needs --encoder w"),
         ("--similarity-lambda 1", "both above 0"),
         ("--code-lambda 1", "only --data generated"),
+        ("--encoder-rows 4 28", "show no faces: use --task things"),
+        ("--task things --encoder-rows 4 27", "a multiple of 8 apart"),
+        ("--first-step 9", "from 0 to below --steps"),
+        ("--resume", "holds no training data"),
+        ("--restyle 2 --no-start-from-w-avg", "begins at the average code"),
+        ("--trunk-net lpips_alexnet --id-lambda 0", "has other shapes"),
         ("--data generated --inputs sketch", "their own inputs"),
         ("--identity-net lpips_alexnet", "must hold a network named 'identity'"),
         ("--source x", "the task's inputs are --data"),

@@ -73,3 +73,13 @@ def test_examples(picture):
         example["input"].argmax(-1),
         np.arange(16).reshape(4, 4).repeat(2, 0).repeat(2, 1),
     )
+
+
+def test_wide_pictures_lie_in_rows():
+    wide = Image.new("RGB", (40, 30), (255, 0, 0))
+    example = transforms.same(
+        wide, np.random.default_rng(0), size=16, mirror=False, rows=(2, 14)
+    )
+    image = example["image"]
+    np.testing.assert_array_equal(image[2:14, 3], np.tile([1, -1, -1], (12, 1)))
+    assert (image[:2] == -1).all() and (image[14:] == -1).all()
