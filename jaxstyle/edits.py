@@ -128,3 +128,34 @@ def apply_edits(codes: np.ndarray, edits: Sequence[Edit]) -> np.ndarray:
     """Codes w_plus [n, num_ws, w_dim] moved along all directions."""
     moved = codes + sum(edit.strength * edit.direction for edit in edits)
     return np.asarray(moved, np.float32)
+
+
+class Changes(NamedTuple):
+    """What is done to codes after the inversion.
+
+    Attributes:
+      mixes: codes [num_ws, w_dim] to mix with, by label.
+      rows: to mix.
+      alpha: share of the mixes in them.
+      edits: moves along directions.
+    """
+
+    mixes: dict[str, np.ndarray]
+    rows: list[int]
+    alpha: float
+    edits: list[Edit]
+
+
+def changed_codes(codes: np.ndarray, changes: Changes) -> dict[str, np.ndarray]:
+    """The outputs beside the inversion: w_plus [n, num_ws, w_dim] by label."""
+    outputs = {
+        label: mix_rows(codes, other, changes.rows, changes.alpha)
+        for label, other in changes.mixes.items()
+    }
+    if changes.edits:
+        move = "_".join(edit.label for edit in changes.edits)
+        outputs = {
+            "-".join(filter(None, [label, move])): apply_edits(c, changes.edits)
+            for label, c in (outputs or {"": codes}).items()
+        }
+    return outputs

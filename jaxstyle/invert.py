@@ -18,7 +18,7 @@ By an encoder (pSp, e4e): one pass, no steps; ReStyle's refine their code `--res
 times. One of drawings or of label maps takes those instead of photos; `--factors 4 8`
 shows a photo made smaller to one of super-resolution.
 
-    python -m jaxstyle.invert sketches/ --encoder runs/sketch --mix-rows fine --seeds 0-4
+    python -m jaxstyle.invert maps/ --encoder runs/seg --mix-rows fine --seeds 0-4
     python -m jaxstyle.invert me.jpg --encoder weights/e4e --edit age:+3 smile:-1
     python -m jaxstyle.invert photos/ --encoder weights/psp --target photos/
 
@@ -49,17 +49,24 @@ from tqdm import tqdm
 from jaxstyle import edits, images, inputs, masks, metrics, pipeline, weights
 from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
-from jaxstyle.encoders import encode, refine
+from jaxstyle.encoding import (
+    RESTYLE,
+    Encoder,
+    Item,
+    Reading,
+    encode_pictures,
+    load_encoder,
+    read_items,
+)
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
+from jaxstyle.pipeline import resize
 from jaxstyle.stylegan2 import Generator, Params
 
 SPACES = ("w_plus", "w", "z")
 LPIPS_SIZES = (128, 256)
 CANDIDATES = 64
 FRAMES = 60
-RESTYLE = 5
-CROP_SIZE = 256
 INVERSION = "inversion"
 
 
@@ -111,14 +118,6 @@ def for_lpips(pictures: Array) -> Array:
     factor = max(1, h // LPIPS_SIZES[1])
     shape = (n, h // factor, factor, w // factor, factor, c)
     return pictures.reshape(shape).mean((2, 4))
-
-
-def resize(pictures: Array, size: int) -> Array:
-    """Pictures [n, h, h, 3] at `size`, filtered when they shrink."""
-    n, height, width, channels = pictures.shape
-    if (height, width) == (size, size):
-        return pictures
-    return jax.image.resize(pictures, (n, size, size, channels), "linear")
 
 
 def _codes(point: Params, frozen: Params, space: str, noise: Array | float) -> Array:
@@ -292,109 +291,6 @@ def optimize(
     return out | {"loss": losses}
 
 
-class Encoder(NamedTuple):
-    """An encoder that fits a generator.
-
-    Attributes:
-      module, params: the network.
-      space: of its codes, `w_plus` or `z_plus`.
-      inputs: what it reads: photo, sketch or labels.
-      where: the folder it comes from.
-    """
-
-    module: nn.Module
-    params: Params
-    space: str
-    inputs: str
-    where: str
-
-    @property
-    def refines(self) -> bool:
-        """Whether it is one of ReStyle's: it also sees what the codes so far give."""
-        return self.module.in_channels == 6 and self.inputs == "photo"
-
-
-# Names of tasks and of inputs in a run's metadata; the rest shows in the channels.
-_LABELS = ("labels", "celebs_seg_to_face")
-
-
-def load_encoder(path: str, generator: Generator) -> Encoder:
-    """An encoder for a generator.
-
-    Raises:
-      UserError: no encoder there, or one of another number of rows or width.
-    """
-    model, params = weights.load(path)
-    encoder = model.encoder
-    if (encoder.num_styles, encoder.w_dim) != (generator.num_ws, generator.w_dim):
-        raise UserError(
-            f"encoder {path} gives {encoder.num_styles} codes of {encoder.w_dim}; the "
-            f"{generator.size} px generator takes {generator.num_ws} of "
-            f"{generator.w_dim}: use the encoder trained for it, or --encoder optimize"
-        )
-    metadata = weights.read_config(path)["metadata"]
-    task = metadata.get("inputs") or metadata.get("task")
-    if task in _LABELS or encoder.in_channels not in (1, 3, 6):
-        inputs = "labels"
-    else:
-        inputs = "sketch" if encoder.in_channels == 1 else "photo"
-    space = "z_plus" if metadata.get("space") == "z_plus" else "w_plus"
-    return Encoder(encoder, params["encoder"], space, inputs, path)
-
-
-@partial(jax.jit, static_argnames=("encoder", "generator", "space", "restyle"))
-def _encode(encoder, values, generator, params, x, *, space, restyle):
-    """Pictures at the encoder's size to w+; `restyle` above 0 refines them."""
-    if restyle:
-        return refine(encoder, values, generator, params, x, restyle)
-    codes = encode(encoder, values, x)
-    if space != "z_plus":
-        return codes
-    rows = codes.reshape(-1, codes.shape[-1])
-    rows = generator.apply({"params": params}, rows, method="mapping")
-    return rows.reshape(codes.shape)
-
-
-def encode_pictures(
-    encoder: Encoder,
-    generator: Generator,
-    params: Params,
-    pictures: Array,
-    *,
-    restyle: int = RESTYLE,
-    batch: int = 4,
-) -> np.ndarray:
-    """Codes of pictures by an encoder.
-
-    Args:
-      encoder: see `load_encoder`.
-      generator: the architecture.
-      params: its parameters.
-      pictures: [n, h, h, channels] as the encoder reads them; see `jaxstyle.inputs`.
-      restyle: refinements, if it is one of ReStyle's.
-      batch: pictures at a time.
-
-    Returns:
-      w_plus [n, num_ws, w_dim].
-
-    Raises:
-      UserError: photos for an encoder that reads something else.
-    """
-    wanted = 3 if encoder.refines else encoder.module.in_channels
-    if pictures.shape[-1] != wanted:
-        raise UserError(
-            f"encoder {encoder.where} reads {encoder.inputs}, {wanted} channels, not "
-            f"pictures of {pictures.shape[-1]}"
-        )
-    run = partial(_encode, encoder.module, encoder.params, generator, params)
-    steps = restyle if encoder.refines else 0
-    return pipeline.in_batches(
-        lambda x: run(x, space=encoder.space, restyle=steps),
-        resize(jnp.asarray(pictures, jnp.float32), encoder.module.size),
-        batch,
-    )
-
-
 def invert(
     generator: Generator,
     params: Params,
@@ -514,73 +410,6 @@ class Options:
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
 
 
-class Item(NamedTuple):
-    """A picture to invert.
-
-    Attributes:
-      name: for file names.
-      path: of the file.
-      x: what goes in, [h, h, channels].
-      shown: for sheets, pictures by label.
-    """
-
-    name: str
-    path: Path
-    x: np.ndarray
-    shown: dict[str, np.ndarray]
-
-
-def read_items(
-    options: Options, paths: Sequence[Path], encoder: Encoder | None, size: int
-) -> Iterator[Item]:
-    """The pictures as they go in, one after the other.
-
-    Of a folder, what cannot be used (no face, damaged, unknown classes) is named and
-    left out.
-
-    Args:
-      options: of the command.
-      paths: of the files.
-      encoder: says what is read; None: photos.
-      size: pixels a side.
-
-    Raises:
-      UserError: a single picture that cannot be used.
-    """
-    for path, name in zip(paths, images.file_names(paths), strict=True):
-        try:
-            yield from _read(options, path, name, encoder, size)
-        except UserError as error:
-            if len(paths) == 1:
-                raise
-            tqdm.write(f"left out: {error}")
-
-
-def _read(options, path, name, encoder, size):
-    kind = encoder.inputs if encoder else "photo"
-    if kind == "sketch":
-        x = inputs.drawing(images.open_image(path), size)
-        return [Item(name, path, x, {kind: inputs.visible(x)})]
-    if kind == "labels":
-        classes, nearest = encoder.module.in_channels, options.nearest_labels
-        labels = images.open_labels(path)
-        try:
-            x = inputs.label_map(labels, size, classes, nearest)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        return [Item(name, path, x, {kind: inputs.visible(x)})]
-    # Faces are cut out at least as large as encoders read them, without jagged edges.
-    crop, _ = prepare(path, max(CROP_SIZE, size), options.align)
-    photo = images.to_array(crop, size)
-    if not options.factors:
-        return [Item(name, path, photo, {"photo": photo})]
-    small = {f: inputs.low_resolution(crop, size, f) for f in options.factors}
-    return [
-        Item(f"{name}-x{f}", path, x, {"photo": photo, f"{f} x smaller": x})
-        for f, x in small.items()
-    ]
-
-
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of `size` items, the last one of what is left."""
     items = iter(items)
@@ -624,23 +453,9 @@ def read_target(options: Options, path: Path, encoder: Encoder | None):
         return None
 
 
-class Changes(NamedTuple):
-    """What is done to codes after the inversion.
-
-    Attributes:
-      mixes: codes [num_ws, w_dim] to mix with, by label.
-      rows: to mix.
-      alpha: share of the mixes in them.
-      edits: moves along directions.
-    """
-
-    mixes: dict[str, np.ndarray]
-    rows: list[int]
-    alpha: float
-    edits: list[edits.Edit]
-
-
-def read_changes(options: Options, generator: Generator, params: Params) -> Changes:
+def read_changes(
+    options: Options, generator: Generator, params: Params
+) -> edits.Changes:
     """The mixes and edits that the options ask for.
 
     Raises:
@@ -657,22 +472,7 @@ def read_changes(options: Options, generator: Generator, params: Params) -> Chan
         edits.parse_edit(text, options.directions, generator.num_ws, generator.w_dim)
         for text in options.edit
     ]
-    return Changes(mixes, rows, options.mix_alpha, moves)
-
-
-def changed_codes(codes: np.ndarray, changes: Changes) -> dict[str, np.ndarray]:
-    """The outputs beside the inversion: w_plus [n, num_ws, w_dim] by label."""
-    outputs = {
-        label: edits.mix_rows(codes, other, changes.rows, changes.alpha)
-        for label, other in changes.mixes.items()
-    }
-    if changes.edits:
-        move = "_".join(edit.label for edit in changes.edits)
-        outputs = {
-            "-".join(filter(None, [label, move])): edits.apply_edits(c, changes.edits)
-            for label, c in (outputs or {"": codes}).items()
-        }
-    return outputs
+    return edits.Changes(mixes, rows, options.mix_alpha, moves)
 
 
 def check(options: Options) -> None:
@@ -770,7 +570,7 @@ class Job(NamedTuple):
     generator: Generator
     params: Params
     encoder: Encoder | None
-    changes: Changes
+    changes: edits.Changes
     targets: dict[Path, Path]
     judges: dict[str, Any]
 
@@ -796,7 +596,7 @@ def invert_batch(
         batch=batch,
         snapshots=FRAMES if options.video else 0,
     )
-    outputs = changed_codes(found["w_plus"], job.changes)
+    outputs = edits.changed_codes(found["w_plus"], job.changes)
     draw = partial(pipeline.pictures, job.generator, job.params, batch=batch)
     drawn = {label: draw(w_plus) for label, w_plus in outputs.items()}
     return found | outputs, {INVERSION: found["images"]} | drawn
@@ -872,11 +672,18 @@ def main(args: list[str] | None = None) -> None:
     paths = images.image_files(options.photo)[: options.limit]
     targets = find_targets(options.target, paths)
     generator, params = pipeline.load_generator(options.weights)
-    encoder, size = None, generator.size
+    encoder, reading = None, Reading("photo", generator.size, align=options.align)
     if options.encoder != "optimize":
         encoder = load_encoder(options.encoder, generator)
         check_encoder(options, encoder)
-        size = encoder.module.size
+        reading = Reading(
+            encoder.inputs,
+            encoder.module.size,
+            classes=encoder.module.in_channels,
+            nearest=options.nearest_labels,
+            factors=options.factors,
+            align=options.align,
+        )
     changes, judges = read_changes(options, generator, params), {}
     if targets:
         judges = metrics.load_judges(options.perceptual_net, options.identity_net)
@@ -891,7 +698,7 @@ def main(args: list[str] | None = None) -> None:
     judged: dict[str, dict] = {}
     bar = tqdm(total=count, unit="photo", disable=count == 1)
     # A batch at a time: thousands of large pictures would not fit into memory.
-    for items in chunks(read_items(options, paths, encoder, size), batch):
+    for items in chunks(read_items(paths, reading), batch):
         found, drawn = invert_batch(options, job, items, batch)
         wanted = [
             read_target(options, targets[item.path], encoder) if targets else None

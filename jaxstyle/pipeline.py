@@ -222,6 +222,14 @@ def newest_run(runs: str | os.PathLike = "runs") -> str:
 # Pictures
 
 
+def resize(pictures: Array, size: int) -> Array:
+    """Pictures [n, h, h, 3] at `size`, filtered when they shrink."""
+    n, height, width, channels = pictures.shape
+    if (height, width) == (size, size):
+        return pictures
+    return jax.image.resize(pictures, (n, size, size, channels), "linear")
+
+
 @partial(jax.jit, static_argnames=("generator", "space", "noise"))
 def _forward(generator, params, codes, keys, space, noise):
     return generator.apply(

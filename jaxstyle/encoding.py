@@ -1,0 +1,212 @@
+"""Encoders at work: what they read of files, and the codes they give.
+
+An encoder reads photos, drawings or label maps; which shows in its channels, or in the
+metadata of the run it comes from.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from jaxstyle import images, inputs, pipeline, weights
+from jaxstyle.align import AlignOptions, prepare
+from jaxstyle.encoders import encode, refine
+from jaxstyle.errors import UserError
+from jaxstyle.stylegan2 import Generator, Params
+
+RESTYLE = 5
+"""Published number of refinements of ReStyle's encoders."""
+CROP_SIZE = 256
+"""Faces are cut out at least as large as encoders read them, without jagged edges."""
+
+
+class Encoder(NamedTuple):
+    """An encoder that fits a generator.
+
+    Attributes:
+      module, params: the network.
+      space: of its codes, `w_plus` or `z_plus`.
+      inputs: what it reads: photo, sketch or labels.
+      where: the folder it comes from.
+    """
+
+    module: nn.Module
+    params: Params
+    space: str
+    inputs: str
+    where: str
+
+    @property
+    def refines(self) -> bool:
+        """Whether it is one of ReStyle's: it also sees what the codes so far give."""
+        return self.module.in_channels == 6 and self.inputs == "photo"
+
+
+# Names of tasks and of inputs in a run's metadata; the rest shows in the channels.
+_LABELS = ("labels", "celebs_seg_to_face")
+
+
+def load_encoder(path: str, generator: Generator) -> Encoder:
+    """An encoder for a generator.
+
+    Raises:
+      UserError: no encoder there, or one of another number of rows or width.
+    """
+    model, params = weights.load(path)
+    encoder = model.encoder
+    if (encoder.num_styles, encoder.w_dim) != (generator.num_ws, generator.w_dim):
+        raise UserError(
+            f"encoder {path} gives {encoder.num_styles} codes of {encoder.w_dim}; the "
+            f"{generator.size} px generator takes {generator.num_ws} of "
+            f"{generator.w_dim}: use the encoder trained for it, or --encoder optimize"
+        )
+    metadata = weights.read_config(path)["metadata"]
+    task = metadata.get("inputs") or metadata.get("task")
+    if task in _LABELS or encoder.in_channels not in (1, 3, 6):
+        inputs = "labels"
+    else:
+        inputs = "sketch" if encoder.in_channels == 1 else "photo"
+    space = "z_plus" if metadata.get("space") == "z_plus" else "w_plus"
+    return Encoder(encoder, params["encoder"], space, inputs, path)
+
+
+@partial(jax.jit, static_argnames=("encoder", "generator", "space", "restyle"))
+def _encode(encoder, values, generator, params, x, *, space, restyle):
+    """Pictures at the encoder's size to w+; `restyle` above 0 refines them."""
+    if restyle:
+        return refine(encoder, values, generator, params, x, restyle)
+    codes = encode(encoder, values, x)
+    if space != "z_plus":
+        return codes
+    rows = codes.reshape(-1, codes.shape[-1])
+    rows = generator.apply({"params": params}, rows, method="mapping")
+    return rows.reshape(codes.shape)
+
+
+def encode_pictures(
+    encoder: Encoder,
+    generator: Generator,
+    params: Params,
+    pictures: Array,
+    *,
+    restyle: int = RESTYLE,
+    batch: int = 4,
+) -> np.ndarray:
+    """Codes of pictures by an encoder.
+
+    Args:
+      encoder: see `load_encoder`.
+      generator: the architecture.
+      params: its parameters.
+      pictures: [n, h, h, channels] as the encoder reads them; see `jaxstyle.inputs`.
+      restyle: refinements, if it is one of ReStyle's.
+      batch: pictures at a time.
+
+    Returns:
+      w_plus [n, num_ws, w_dim].
+
+    Raises:
+      UserError: photos for an encoder that reads something else.
+    """
+    wanted = 3 if encoder.refines else encoder.module.in_channels
+    if pictures.shape[-1] != wanted:
+        raise UserError(
+            f"encoder {encoder.where} reads {encoder.inputs}, {wanted} channels, not "
+            f"pictures of {pictures.shape[-1]}"
+        )
+    run = partial(_encode, encoder.module, encoder.params, generator, params)
+    steps = restyle if encoder.refines else 0
+    return pipeline.in_batches(
+        lambda x: run(x, space=encoder.space, restyle=steps),
+        pipeline.resize(jnp.asarray(pictures, jnp.float32), encoder.module.size),
+        batch,
+    )
+
+
+class Item(NamedTuple):
+    """A picture to invert.
+
+    Attributes:
+      name: for file names.
+      path: of the file.
+      x: what goes in, [h, h, channels].
+      shown: for sheets, pictures by label.
+    """
+
+    name: str
+    path: Path
+    x: np.ndarray
+    shown: dict[str, np.ndarray]
+
+
+class Reading(NamedTuple):
+    """How picture files become what goes in.
+
+    Attributes:
+      inputs: photo, sketch or labels.
+      size: pixels a side.
+      classes: of label maps.
+      nearest: see `inputs.label_map`.
+      factors: photos are made smaller by each; empty: left alone.
+      align: how the face of a photo is found.
+    """
+
+    inputs: str
+    size: int
+    classes: int = 0
+    nearest: bool = False
+    factors: tuple[int, ...] = ()
+    align: AlignOptions = AlignOptions()
+
+
+def read_items(paths: Sequence[Path], reading: Reading) -> Iterator[Item]:
+    """The pictures as they go in, one after the other.
+
+    Of a folder, what cannot be used (no face, damaged, unknown classes) is named and
+    left out.
+
+    Args:
+      paths: of the files.
+      reading: see there.
+
+    Raises:
+      UserError: a single picture that cannot be used.
+    """
+    for path, name in zip(paths, images.file_names(paths), strict=True):
+        try:
+            yield from _read(path, name, reading)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            tqdm.write(f"left out: {error}")
+
+
+def _read(path: Path, name: str, reading: Reading) -> list[Item]:
+    kind, size = reading.inputs, reading.size
+    if kind == "sketch":
+        x = inputs.drawing(images.open_image(path), size)
+        return [Item(name, path, x, {kind: inputs.visible(x)})]
+    if kind == "labels":
+        labels = images.open_labels(path)
+        try:
+            x = inputs.label_map(labels, size, reading.classes, reading.nearest)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return [Item(name, path, x, {kind: inputs.visible(x)})]
+    crop, _ = prepare(path, max(CROP_SIZE, size), reading.align)
+    photo = images.to_array(crop, size)
+    if not reading.factors:
+        return [Item(name, path, photo, {"photo": photo})]
+    small = {f: inputs.low_resolution(crop, size, f) for f in reading.factors}
+    return [
+        Item(f"{name}-x{f}", path, x, {"photo": photo, f"{f} x smaller": x})
+        for f, x in small.items()
+    ]
