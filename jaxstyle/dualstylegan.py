@@ -19,6 +19,7 @@ code, which we follow. Truncation pulls towards the zero code there, not the ave
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -280,7 +281,7 @@ class DualStyleGAN(nn.Module):
         """Stylise: the intrinsic code's face in the exemplar's style.
 
         Args:
-          generator: the intrinsic path's architecture.
+          generator: the intrinsic path's architecture, with dtype and remat of both.
           base: its parameters.
           intrinsic: codes of the face; see `to_w_plus`.
           extrinsic: codes of the exemplar; None leaves the extrinsic path out. A single
@@ -329,13 +330,12 @@ class DualStyleGAN(nn.Module):
         planes = stylegan2.noise_planes(
             self.size, w_plus.shape[0], noise, const=base["noise_const"], key=key
         )
-        image, out["features"] = stylegan2.synthesis(
-            base["synthesis"],
-            stylegan2.style_vectors(base["synthesis"], w_layers),
-            planes,
-            dtype=jnp.dtype(generator.dtype),
-            transform=transform,
+        run = partial(
+            stylegan2.synthesis, dtype=jnp.dtype(generator.dtype), transform=transform
         )
+        run = stylegan2.recomputed(run) if generator.remat else run
+        styles = stylegan2.style_vectors(base["synthesis"], w_layers)
+        image, out["features"] = run(base["synthesis"], styles, planes)
         if return_feat:
             return out["features"][f"conv_{COARSE}"], out | {"rgb": image}
         return image, out

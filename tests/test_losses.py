@@ -9,8 +9,10 @@ import pytest
 
 import convert
 from convert import pt
-from jaxstyle import losses
+from jaxstyle import losses, weights
+from jaxstyle.errors import UserError
 from jaxstyle.features.identity import ArcFace
+from jaxstyle.features.judges import choose_features
 from jaxstyle.features.lpips import LPIPS
 from jaxstyle.features.vgg import VGG
 from tests.filled import (
@@ -181,6 +183,39 @@ def test_terms_on_vgg_equal_the_original(vgg, pair):
     assert abs(found["cx"][0] - np.mean(alone)) > 1e-6
     # Ill conditioned: the original's own float32 is off by as much.
     assert abs(same - golden("dualstylegan_losses")["cx_identical"]) < 1e-6
+
+
+def test_choice_of_features(tmp_path, monkeypatch, pair, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = choose_features()
+    assert (
+        shipped.module == VGG(net="alex")
+        and "no weights/vgg19" in capsys.readouterr().out
+    )
+    assert choose_features("alexnet").name == shipped.name
+    with pytest.raises(UserError, match="there is no weights/vgg16"):
+        choose_features("vgg16")
+    with pytest.raises(UserError, match="holds generator, discriminator"):
+        choose_features("heads")
+    weights.save("weights/vgg19", {"vgg": shipped.module}, {"vgg": shipped.params})
+    for net in ("", "vgg19", "weights/vgg19"):
+        assert choose_features(net).name == "weights/vgg19"
+
+    @jax.jit
+    def terms(params, a, b):
+        def features(x):
+            return shipped.module.apply({"params": params}, x)
+
+        def loss(a):
+            made, target = features(a), features(b)
+            return sum(term(made, target) for term in TERMS.values())
+
+        return jax.value_and_grad(loss)(a)
+
+    # What trains on the default model: pictures of 64 px, brought to 256.
+    small = [x[:, ::4, ::4].repeat(4, 1).repeat(4, 2) for x in pair]
+    value, gradient = terms(shipped.params, *small)
+    assert 0.1 < value < 10 and np.isfinite(gradient).all() and gradient.any()
 
 
 # Other judges

@@ -103,13 +103,13 @@ def _convolve(x: Array, weight: Array, stride: int) -> Array:
 
 
 class VGG(nn.Module):
-    """VGG's activations: `apply({"params": p}, images) -> {"relu1_1": ..., ...}`.
+    """A trunk's activations: `apply({"params": p}, images) -> {"relu1_1": ..., ...}`.
 
     Give the parameters to a jitted function as an argument: closed over, XLA folds
     whole convolutions while it compiles. What is not used is not computed there.
 
     Attributes:
-      net: `vgg16` or `vgg19`.
+      net: `vgg16`, `vgg19` or `alex`.
       dtype: of the convolutions.
     """
 
@@ -118,8 +118,8 @@ class VGG(nn.Module):
 
     def init_params(self, *, key: Array) -> dict:
         """A random network; see `trunk_shapes`."""
-        if self.net not in ("vgg16", "vgg19"):
-            raise UserError(f"net: {self.net!r}; VGG has the nets vgg16, vgg19")
+        if self.net not in TRUNKS:
+            raise UserError(f"net: {self.net!r}; VGG has {', '.join(TRUNKS)}")
         return initialize(trunk_shapes(self.net), key=key)
 
     def setup(self):
