@@ -14,6 +14,7 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], module: CLIP) -> np.ndarray:
     return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
 
 
+@partial(jax.jit, static_argnums=0)
+def _encode(module: CLIP, params: Any, tokens: Array) -> Array:
+    return module.apply({"params": params}, tokens, method="encode_text")
+
+
+_tokenizer = lru_cache(maxsize=4)(load_tokenizer)
+
+
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """A CLIP model that is ready to look at pictures and, with words, at text.
@@ -215,16 +224,13 @@ class Judge:
                 "them with python -m train.nada_text"
             )
         if wanted:
-            tokens = tokenize(load_tokenizer(self.vocabulary), wanted, self.module)
+            tokens = tokenize(_tokenizer(self.vocabulary), wanted, self.module)
             # Full batches, the last one filled up: one compilation.
             batch = min(batch, len(tokens))
             filled = np.pad(tokens, ((0, -len(tokens) % batch), (0, 0)), mode="edge")
-            encode = jax.jit(
-                lambda p, t: self.module.apply({"params": p}, t, method="encode_text")
-            )
             text = {"text": self.params["text"]}
             parts = [
-                np.asarray(encode(text, filled[i : i + batch]))
+                np.asarray(_encode(self.module, text, filled[i : i + batch]))
                 for i in range(0, len(filled), batch)
             ]
             found |= dict(zip(wanted, np.concatenate(parts), strict=False))
