@@ -172,7 +172,7 @@ def test_steps_equal_the_original(original, name):
     check_step(original, golden("psp_step32"), name)
 
 
-@pytest.mark.slow  # 6 GB
+@pytest.mark.slow  # 8 GB
 def test_step_at_256_px_equals_the_original(tmp_path):
     decoder = filled_state_dict("stylegan2_g_256")
     roles = ("perceptual", "identity")
