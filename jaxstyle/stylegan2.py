@@ -153,14 +153,13 @@ def styled_conv(
     `packing` and `implementation` are those of `modulated_conv2d`.
     """
     weight = params["weight"]
-    if noise is not None:
-        noise = params["noise_strength"] * noise
     return modulated_conv2d(
         x,
         weight,
         style * equalized_gain(weight),
         up=up,
         noise=noise,
+        noise_strength=params["noise_strength"],
         bias=params["bias"],
         packing=packing,
         implementation=implementation,

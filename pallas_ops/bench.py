@@ -246,6 +246,8 @@ def program(size: int, batch: int, layer: str, direction: str, implementation: s
         )
 
         def forward(params, x, style, noise):
+            # Nobody trains the planes themselves.
+            noise = jax.lax.stop_gradient(noise)
             return stylegan2.styled_conv(
                 params,
                 x,

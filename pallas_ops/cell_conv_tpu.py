@@ -28,6 +28,10 @@ STEP_CYCLES = 6144
 # for the weights to fit.
 STEP_OUTPUTS = 256
 VMEM_BYTES = 100 * 2**20
+# Of the leaky ReLU.
+SLOPE = 0.2
+# The blocks of a picture that a step sees.
+PICTURE = ("x", "above", "below")
 
 
 def _precision(dtype):
@@ -58,11 +62,24 @@ def _store(ref, index, columns: list[Array]):
         ref[index] = jnp.stack(columns, 1).reshape(-1, columns[0].shape[1])
 
 
-def _write_operands(operands, x, above, below, scale, *, sided, split):
+def _sloped(cells: Array, sign: Array) -> Array:
+    """Float32 cells times the slope of the leaky ReLU that gave values of this sign."""
+    return cells * jnp.where(sign >= 0, 1.0, SLOPE)
+
+
+def _write_operands(operands, x, scale, *, sided, split, sign=None):
     """Fill the scratch [operands, block + 2, rows, width, channels] that is multiplied.
 
     Neighbouring columns are moved once here instead of at each of their uses.
+
+    Args:
+      operands: the scratch.
+      x: references to a block of rows, the row above it and the row below.
+      scale: a reference to a factor a channel, or None.
+      sided, split: of the operands, of the input.
+      sign: references to rows whose signs choose slopes for those of `x`.
     """
+    x, above, below = x
     block, rows = x.shape[1:3]
     width, channels = operands.shape[3:]
     column = lax.broadcasted_iota(jnp.int32, (width, channels), 0)
@@ -71,12 +88,16 @@ def _write_operands(operands, x, above, below, scale, *, sided, split):
     for i in range(block + 2):
         for r in range(rows):
             if i == 0:
-                row, outside = above[0, 0, r], first
+                ref, index, outside = 1, 0, first
             elif i == block + 1:
-                row, outside = below[0, 0, r], last
+                ref, index, outside = 2, 0, last
             else:
-                row, outside = x[0, i - 1, r], None
+                ref, index, outside = 0, i - 1, None
+            row = (x, above, below)[ref][0, index, r]
             cells = jnp.concatenate(_columns(row, split), 1)
+            if sign is not None:
+                signs = _columns(sign[ref][0, index, r], split)
+                cells = _sloped(cells, jnp.concatenate(signs, 1))
             if scale is not None:
                 cells = cells * scale[0]
             if outside is not None:
@@ -110,12 +131,11 @@ def _conv_kernel(*refs, names, sided, split_in, packing, act):
     x, w, out, operands = (ref[n] for n in ("x", "w", "out", "operands"))
     _write_operands(
         operands,
-        x,
-        ref["above"],
-        ref["below"],
+        [ref[n] for n in PICTURE],
         ref.get("scale_in"),
         sided=sided,
         split=split_in,
+        sign=[ref[f"sign_{n}"] for n in PICTURE] if "sign_x" in ref else None,
     )
     block, width = x.shape[1], operands.shape[3]
     _, rows_out, split = w.shape[:3]
@@ -143,7 +163,7 @@ def _conv_kernel(*refs, names, sided, split_in, packing, act):
             first = (pl.program_id(2) * block + i) * rows_out + s
             first = first * packing * split + m * packing
             cells = cells + _noise(ref["noise"], first, cells.shape[1], packing)
-        return jnp.maximum(cells, 0.2 * cells) if act else cells
+        return jnp.maximum(cells, SLOPE * cells) if act else cells
 
     for s in range(rows_out):
         totals = [pixels(s, m) for m in range(split)]
@@ -205,11 +225,21 @@ def _picture_specs(x: Array, block: int) -> dict:
     }
 
 
+def _noise_spec(noise: Array, lanes: int):
+    """The 128 lanes that hold the `lanes` of a block, for the grid of a picture."""
+    several = noise.shape[0] > 1
+    return noise, pl.BlockSpec(
+        (1, noise.shape[1], LANES),
+        lambda n, b, i: (b * several, 0, lax.div(i * lanes, LANES)),
+    )
+
+
 def convolve(
     x: Array,
     weight: Array,
     geometry: Geometry,
     *,
+    sign: Array | None = None,
     scale_in: Array | None = None,
     scale_out: Array | None = None,
     noise: Array | None = None,
@@ -224,6 +254,7 @@ def convolve(
       x: [batch, height, rows_in, split_in * width, channels / split_in].
       weight: [1 or batch, rows_out, split, rows_in, 3, operands, channels, outputs].
       geometry: of the cells.
+      sign: like `x`, which is first multiplied by the leaky ReLU's slopes there.
       scale_in: [batch, channels] float32.
       scale_out: [batch, outputs] float32.
       noise: [1 or batch, width, lanes] float32, the lanes being (row, column of the
@@ -255,6 +286,9 @@ def convolve(
             ),
         ),
     }
+    if sign is not None:
+        signs = _picture_specs(sign, block)
+        inputs |= {f"sign_{name}": value for name, value in signs.items()}
     if scale_in is not None:
         spec = pl.BlockSpec((1, 1, depth), lambda n, b, i: (b, 0, 0))
         inputs["scale_in"] = scale_in[:, None], spec
@@ -264,14 +298,7 @@ def convolve(
     if bias is not None:
         inputs["bias"] = bias, pl.BlockSpec((1, out_block), lambda n, b, i: (0, n))
     if noise is not None:
-        lanes, several = block * rows_out * split * packing, noise.shape[0] > 1
-        inputs["noise"] = (
-            noise,
-            pl.BlockSpec(
-                (1, width, LANES),
-                lambda n, b, i: (b * several, 0, lax.div(i * lanes, LANES)),
-            ),
-        )
+        inputs["noise"] = _noise_spec(noise, block * rows_out * split * packing)
     return pl.pallas_call(
         partial(
             _conv_kernel,
@@ -299,19 +326,37 @@ def convolve(
     )(*(array for array, _ in inputs.values()))
 
 
-def _weight_kernel(x, above, below, g, out, operands, *, sided):
+def _weight_kernel(*refs, names, sided, packing):
     """Add a block of rows to the gradient of one picture's weight."""
-    _write_operands(operands, x, above, below, None, sided=sided, split=1)
-    block = x.shape[1]
+    ref = dict(zip(names, refs, strict=True))
+    g, out, sums, operands = (ref[n] for n in ("g", "out", "sums", "operands"))
+    _write_operands(operands, [ref[n] for n in PICTURE], None, sided=sided, split=1)
+    block = g.shape[1]
     _, rows_out, split = out.shape[:3]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         out[...] = jnp.zeros(out.shape, out.dtype)
+        sums[...] = jnp.zeros(sums.shape, sums.dtype)
+
+    def columns(i, s):
+        found = _columns(g[0, i, s], split)
+        if "sign" in ref:
+            signs = _columns(ref["sign"][0, i, s], split)
+            found = [_sloped(c, z) for c, z in zip(found, signs, strict=True)]
+        return found
 
     for s in range(rows_out):
-        rows = [_columns(g[0, i, s], split) for i in range(block)]
+        rows = [columns(i, s) for i in range(block)]
         for m in range(split):
+            for i, row in enumerate(rows):
+                cells = row[m]
+                sums[0, 0] += jnp.sum(cells, 0)
+                if "noise" in ref:
+                    first = (pl.program_id(2) * block + i) * rows_out + s
+                    first = first * packing * split + m * packing
+                    noise = _noise(ref["noise"], first, cells.shape[1], packing)
+                    sums[0, 1] += jnp.sum(cells * noise, 0)
             pixels = jnp.concatenate([row[m].astype(g.dtype) for row in rows], 0)
             for r, y, t in _taps(operands):
                 out[0, s, m, r, y, t] += lax.dot_general(
@@ -324,22 +369,33 @@ def _weight_kernel(x, above, below, g, out, operands, *, sided):
 
 
 def weight_gradient(
-    x: Array, g: Array, geometry: Geometry, *, split: int = 1, interpret=False
-) -> Array:
+    x: Array,
+    g: Array,
+    geometry: Geometry,
+    *,
+    sign: Array | None = None,
+    noise: Array | None = None,
+    split: int = 1,
+    interpret=False,
+) -> tuple[Array, Array]:
     """The gradient of each picture's own weight, summed over its pixels.
 
     Args:
       x: [batch, height, 1, width, channels].
       g: [batch, height, rows_out, split * width, outputs], dtype of `x`.
       geometry: of the convolution; not adjoint.
+      sign: like `g`, which is first multiplied by the leaky ReLU's slopes there.
+      noise: as in `convolve`.
       split: columns of a cell that `g` holds one after the other.
       interpret: as in `pallas_call`.
 
     Returns:
-      [batch, rows_out, split, 1, 3, operands, channels, outputs] float32.
+      [batch, rows_out, split, 1, 3, operands, channels, outputs] float32, and the sums
+      over pixels of `g` and of `g * noise`, [batch, 2, outputs] float32.
     """
     batch, height, _, width, depth = x.shape
     rows_out, outputs = g.shape[2], g.shape[4]
+    packing = geometry.packing_out // split
     operands = geometry.columns.shape[0]
     matmuls = rows_out * split * 3 * operands * pl.cdiv(depth, LANES)
     out_block = _block_outputs(outputs)
@@ -348,25 +404,37 @@ def weight_gradient(
     if LANES * matmuls * pl.cdiv(out_block, LANES) > 4 * STEP_CYCLES:
         out_block = min(out_block, LANES)
     tiles = matmuls * pl.cdiv(out_block, LANES)
-    block = _block_rows(height, pl.cdiv(width * tiles, 4))
+    lanes = rows_out * split * packing
+    block = _block_rows(height, pl.cdiv(width * tiles, 4), lanes)
     shape = (batch, rows_out, split, 1, 3, operands, depth, outputs)
-    inputs = _picture_specs(x, block) | {
-        "g": (
-            g,
-            pl.BlockSpec(
-                (1, block, rows_out, split * width, out_block),
-                lambda n, b, i: (b, i, 0, 0, n),
-            ),
-        )
-    }
+    spec = pl.BlockSpec(
+        (1, block, rows_out, split * width, out_block),
+        lambda n, b, i: (b, i, 0, 0, n),
+    )
+    inputs = _picture_specs(x, block) | {"g": (g, spec)}
+    if sign is not None:
+        inputs["sign"] = sign, spec
+    if noise is not None:
+        inputs["noise"] = _noise_spec(noise, block * lanes)
     return pl.pallas_call(
-        partial(_weight_kernel, sided=geometry.sided),
+        partial(
+            _weight_kernel,
+            names=(*inputs, "out", "sums", "operands"),
+            sided=geometry.sided,
+            packing=packing,
+        ),
         grid=(outputs // out_block, batch, height // block),
         in_specs=[spec for _, spec in inputs.values()],
-        out_specs=pl.BlockSpec(
-            (1, *shape[1:7], out_block), lambda n, b, i: (b, 0, 0, 0, 0, 0, 0, n)
-        ),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        out_specs=[
+            pl.BlockSpec(
+                (1, *shape[1:7], out_block), lambda n, b, i: (b, 0, 0, 0, 0, 0, 0, n)
+            ),
+            pl.BlockSpec((1, 2, out_block), lambda n, b, i: (b, 0, n)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, 2, outputs), jnp.float32),
+        ],
         scratch_shapes=[pltpu.VMEM((operands, block + 2, 1, width, depth), x.dtype)],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,

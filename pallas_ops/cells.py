@@ -139,10 +139,21 @@ def cell_weight(weight: Array, geometry: Geometry, split: int = 1) -> Array:
     columns, rows = _tensors(geometry, split)
     if columns.shape[3] == 1:
         # Whole taps: sums of a few arrays, where an einsum would be a slow convolution.
-        by_row = _combined(rows, jnp.moveaxis(weight, 1, 0))  # [y, r, s, w, x, i, o]
-        cells = _combined(columns[:, :, :, 0], jnp.moveaxis(by_row, 4, 0))
-        # From [t, j, m, y, r, s, w, i, o].
-        cells = cells.transpose(6, 5, 2, 4, 3, 0, 1, 7, 8)[..., None, :]
+        _, row_ins, row_outs, _ = rows.shape
+        by_row = {
+            (s, r, y, x): _sum(rows[y, r, s], [weight[:, u, x] for u in range(3)])
+            for s, r, y, x in np.ndindex(row_outs, row_ins, 3, 3)
+        }
+        operands, inside = columns.shape[:2]
+        lead = row_outs, split, row_ins, 3, operands, inside
+        cells = jnp.stack(
+            [
+                _sum(columns[t, j, m, 0], [by_row[s, r, y, x] for x in range(3)])
+                for s, m, r, y, t, j in np.ndindex(lead)
+            ],
+            1,
+        )
+        cells = cells.reshape(-1, *lead, cells.shape[2], 1, cells.shape[3])
     else:
         cells = jnp.einsum(
             "tjmnx,yrsu,wuxio->wsmrytjino", columns, rows, weight, precision="highest"
@@ -164,12 +175,24 @@ def pixel_weight(cells: Array, geometry: Geometry) -> Array:
     *lead, depth, width = cells.shape
     columns, rows = _tensors(geometry, lead[2])
     if columns.shape[1] == columns.shape[3] == 1:
-        taps = cells.transpose(5, 2, 4, 3, 1, 0, 6, 7)  # [t, m, y, r, s, w, i, o]
-        taps = taps.reshape(-1, *taps.shape[2:])
-        by_column = _combined(columns.reshape(-1, 3).T, taps)
-        taps = jnp.moveaxis(by_column, 0, 4)  # [y, r, s, w, x, i, o]
-        taps = taps.reshape(-1, *taps.shape[3:])
-        weight = jnp.moveaxis(_combined(rows.reshape(-1, 3).T, taps), 0, 1)
+        _, row_outs, splits, row_ins, _, operands = lead
+        inside, across = columns[:, 0, :, 0], list(np.ndindex(operands, splits))
+        by_column = {
+            (s, r, y, x): _sum(
+                [inside[t, m, x] for t, m in across],
+                [cells[:, s, m, r, y, t] for t, m in across],
+            )
+            for s, r, y, x in np.ndindex(row_outs, row_ins, 3, 3)
+        }
+        down = list(np.ndindex(row_outs, row_ins, 3))
+        taps = [
+            _sum(
+                [rows[y, r, s, u] for s, r, y in down],
+                [by_column[s, r, y, x] for s, r, y in down],
+            )
+            for u, x in np.ndindex(3, 3)
+        ]
+        weight = jnp.stack(taps, 1).reshape(-1, 3, 3, depth, width)
     else:
         packing_in, packing_out = columns.shape[1], columns.shape[3]
         cells = cells.reshape(
@@ -181,19 +204,10 @@ def pixel_weight(cells: Array, geometry: Geometry) -> Array:
     return weight.swapaxes(3, 4) if geometry.adjoint else weight
 
 
-def _combined(coefficients: np.ndarray, arrays: Array) -> Array:
-    """Linear combinations along the leading axis, written out term by term.
-
-    Args:
-      coefficients: [.., terms].
-      arrays: [terms, ..].
-    """
-    lead = coefficients.shape[:-1]
-    sums = [
-        sum(float(c) * arrays[i] for i, c in enumerate(row) if c)
-        for row in coefficients.reshape(-1, coefficients.shape[-1])
-    ]
-    return jnp.stack(sums).reshape(*lead, *arrays.shape[1:])
+def _sum(factors, arrays) -> Array:
+    """The linear combination of a few arrays, without those of factor zero."""
+    terms = [float(f) * a for f, a in zip(factors, arrays, strict=True) if f]
+    return sum(terms[1:], terms[0]) if terms else jnp.zeros_like(arrays[0])
 
 
 def _tensors(geometry: Geometry, split: int) -> tuple[np.ndarray, np.ndarray]:

@@ -147,6 +147,7 @@ def modulated_conv2d(
     up: bool = False,
     demodulate: bool = True,
     noise: Array | None = None,
+    noise_strength: Array | None = None,
     bias: Array | None = None,
     packing: tuple[int, int] = (1, 1),
     implementation: str | None = None,
@@ -163,6 +164,8 @@ def modulated_conv2d(
       up: double the size (transposed convolution and FIR blur); k is 3.
       demodulate: divide each output channel by its weight's norm (equation 3).
       noise: [1 or batch, out_height, out_width], added before the bias.
+      noise_strength: [], a factor of the noise; None for 1. Given apart, because its
+        gradient then costs no pass over the activation.
       bias: [out_channels]; None for the convolution alone.
       packing: columns of a cell of the input and of the output.
       implementation: `xla`, `pallas`, or None for the best there is.
@@ -186,7 +189,7 @@ def modulated_conv2d(
         if demodulate:
             scale = _demodulation(weight, style)
         run = partial(tpu.modulated_conv, up=up, packing=packing[0])
-        y = _over_mesh(run, x, weight, style, scale, noise, bias)
+        y = _over_mesh(run, x, weight, style, scale, noise, noise_strength, bias)
     else:
         y = (_scaled_up_conv if up else _scaled_conv)(
             unpack(x, packing[0]), style, weight
@@ -195,13 +198,15 @@ def modulated_conv2d(
             scale = _demodulation(weight, style)
             y = y * scale[:, None, None, :].astype(y.dtype)
         if noise is not None:
+            if noise_strength is not None:
+                noise = noise_strength * noise
             y = y + noise[..., None].astype(y.dtype)
         if bias is not None:
             y = fused_leaky_relu(y, bias)
     return y if packing[1] == computed else pack(unpack(y, computed), packing[1])
 
 
-def _over_mesh(run, x, weight, style, scale, noise, bias):
+def _over_mesh(run, x, weight, style, scale, noise, strength, bias):
     """A kernel call on every device's part of the batch.
 
     The compiler cannot split a kernel by itself: without this every device would
@@ -217,12 +222,12 @@ def _over_mesh(run, x, weight, style, scale, noise, bias):
     parts = 1
     for name in axes:
         parts *= mesh.shape[name]
-    args = x, weight, style, scale, noise, bias
+    args = x, weight, style, scale, noise, strength, bias
     if not free or max(mesh.shape[n] for n in free) == 1:
         return run(*args)
     split = P(axes) if axes and x.shape[0] % parts == 0 else P()
     noise_split = split if noise is not None and noise.shape[0] > 1 else P()
-    specs = split, P(), split, split, noise_split, P()
+    specs = split, P(), split, split, noise_split, P(), P()
     return jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)(*args)
 
 
@@ -264,7 +269,7 @@ def activated_conv2d(
         style = jnp.ones((x.shape[0], weight.shape[2]))
         scale = jnp.full((x.shape[0], weight.shape[3]), gain)
         run = partial(tpu.modulated_conv, down=down, packing=packing[0])
-        y = _over_mesh(run, x, weight, style, scale, None, bias)
+        y = _over_mesh(run, x, weight, style, scale, None, None, bias)
     else:
         x = unpack(x, packing[0])
         y = (downsample_conv2d if down else conv2d)(x, weight)

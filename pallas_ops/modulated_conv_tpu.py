@@ -83,17 +83,25 @@ def _call(plan: Plan, x: Array, weight: Array, scale_in: Array, scale_out: Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(plan: Plan, x: Array, weight: Array, scale_in: Array, scale_out: Array):
-    """`scale_out * conv(scale_in * x, weight)`.
+def _conv(
+    plan: Plan,
+    x: Array,
+    sign: Array | None,
+    weight: Array,
+    scale_in: Array,
+    scale_out: Array,
+) -> Array:
+    """`scale_out * conv(scale_in * slopes(sign) * x, weight)`.
 
     Args:
       plan: with an adjoint geometry this is the transposed convolution.
       x: [batch, height, rows, width, channels], cells.
+      sign: like `x`: values whose signs choose the leaky ReLU's slopes; or None.
       weight: [3, 3, in, out], or one a picture [batch, 3, 3, in, out]; the plain
         convolution's also for the adjoint.
       scale_in, scale_out: [batch, in], [batch, out] float32, of this direction.
     """
-    return _call(plan, x, weight, scale_in, scale_out)
+    return _call(plan, x, weight, scale_in, scale_out, sign=sign)
 
 
 def _conv_forward(plan, *args):
@@ -101,15 +109,23 @@ def _conv_forward(plan, *args):
 
 
 def _conv_backward(plan, saved, g):
-    x, weight, scale_in, scale_out = saved
-    dx = _conv(plan.transposed, g, weight, scale_out, scale_in)
+    x, sign, weight, scale_in, scale_out = saved
+    x = _sloped(x, sign)
+    dx = _conv(plan.transposed, g, None, weight, scale_out, scale_in)
     if plan.geometry.adjoint:
-        own = _own_gradient(plan.transposed, g, x)
+        own, _ = _own_gradient(plan.transposed, g, x, None, None)
         dweight, dout, din = _scale_gradients(own, weight, scale_out, scale_in)
     else:
-        own = _own_gradient(plan, x, g)
+        own, _ = _own_gradient(plan, x, g, None, None)
         dweight, din, dout = _scale_gradients(own, weight, scale_in, scale_out)
-    return dx, dweight, din, dout
+    return _sloped(dx, sign), None, dweight, din, dout
+
+
+def _sloped(x: Array, sign: Array | None) -> Array:
+    """`x` times the leaky ReLU's slope where its output, or input, has this sign."""
+    if sign is None:
+        return x
+    return x * jnp.where(sign >= 0, 1, kernels.SLOPE).astype(x.dtype)
 
 
 def _scale_gradients(own: Array, weight: Array, coarse: Array, fine: Array):
@@ -126,29 +142,77 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _own_gradient(plan: Plan, x: Array, g: Array) -> Array:
-    """Gradient of each picture's own weight: [batch, 3, 3, in, out] float32."""
-    cells = kernels.weight_gradient(
-        x, g, plan.geometry, split=plan.split, interpret=plan.interpret
+def _own_gradient(
+    plan: Plan, x: Array, g: Array, sign: Array | None, noise: Array | None
+) -> tuple[Array, Array]:
+    """Gradient of each picture's own weight, and sums that cost nothing beside it.
+
+    Args:
+      plan: not adjoint.
+      x, g: cells.
+      sign: like `g`, which is multiplied by the slopes first; or None.
+      noise: as in `_styled`, or None.
+
+    Returns:
+      [batch, 3, 3, in, out] float32, and the sums over pixels of `g` and of
+      `g * noise`: [batch, 2, columns of a cell * out] float32.
+    """
+    lanes = None if noise is None else _noise_lanes(noise, plan.geometry.packing_out)
+    cells, sums = kernels.weight_gradient(
+        x,
+        g,
+        plan.geometry,
+        sign=sign,
+        noise=lanes,
+        split=plan.split,
+        interpret=plan.interpret,
     )
-    return pixel_weight(cells, plan.geometry)
+    return pixel_weight(cells, plan.geometry), sums
 
 
-def _own_forward(plan, x, g):
-    return _own_gradient(plan, x, g), (x, g)
+def _own_forward(plan, *args):
+    return _own_gradient(plan, *args), args
 
 
-def _own_backward(plan, saved, weight):
-    x, g = saved
+def _own_backward(plan, saved, cotangents):
+    x, g, sign, noise = saved
+    weight, sums = cotangents
     coarse = jnp.ones((x.shape[0], weight.shape[3]))
     fine = jnp.ones((x.shape[0], weight.shape[4]))
-    return (
-        _conv(plan.transposed, g, weight, fine, coarse),
-        _conv(plan, x, weight, coarse, fine),
-    )
+    dx = _conv(plan.transposed, g, sign, weight, fine, coarse)
+    dg = _conv(plan, x, None, weight, coarse, fine)
+    through = sums[:, :, None, None, None].astype(g.dtype)
+    dg = dg + through[:, 0]
+    dnoise = None
+    if noise is not None:
+        packing = plan.packing[1]
+        dg = dg + _spread(noise, g.shape[4], packing).astype(g.dtype) * through[:, 1]
+        dnoise = _gathered(_sloped(g, sign) * through[:, 1], noise, packing)
+    return dx, _sloped(dg, sign), None, dnoise
 
 
 _own_gradient.defvjp(_own_forward, _own_backward)
+
+
+def _spread(noise: Array, channels: int, packing: int) -> Array:
+    """Planes [b, height, rows, columns] over the channels of cells."""
+    cells = noise.reshape(*noise.shape[:3], -1, packing)
+    return jnp.repeat(cells, channels // packing, axis=4)
+
+
+def _gathered(g: Array, noise: Array, packing: int) -> Array:
+    """The transpose of `_spread`: sums over channels, and pictures of one plane."""
+    # As a product: taking cells apart would copy the activation.
+    ones = jnp.ones((g.shape[4] // packing, 1), g.dtype)
+    planes = jnp.einsum(
+        "bhrwk,kq->bhrqw",
+        g,
+        jnp.kron(jnp.eye(packing, dtype=g.dtype), ones),
+        preferred_element_type=jnp.float32,
+        precision="highest" if g.dtype == jnp.float32 else None,
+    )
+    planes = planes.swapaxes(3, 4).reshape(*g.shape[:3], -1)
+    return planes if noise.shape[0] > 1 else jnp.sum(planes, 0, keepdims=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,25 +222,22 @@ def _styled(
     weight: Array,
     scale_in: Array,
     scale_out: Array,
-    noise: Array,
+    noise: Array | None,
+    strength: Array | None,
     bias: Array,
 ) -> Array:
-    """`leaky_relu(conv + noise + bias)` in one pass; see `_conv`.
+    """`leaky_relu(conv + strength * noise + bias)` in one pass; see `_conv`.
 
     Args:
-      noise: planes [1 or batch, height, rows, columns] float32.
+      noise: planes [1 or batch, height, rows, columns] float32, or None.
+      strength: [] float32, with `noise`.
       bias: [out] float32.
     """
-    return _call(
-        plan,
-        x,
-        weight,
-        scale_in,
-        scale_out,
-        noise=_noise_lanes(noise, plan.geometry.packing_out),
-        bias=jnp.tile(bias, plan.packing[1])[None],
-        act=True,
-    )
+    lanes = None
+    if noise is not None:
+        lanes = _noise_lanes(noise, plan.geometry.packing_out) * strength
+    bias = jnp.tile(bias, plan.packing[1])[None]
+    return _call(plan, x, weight, scale_in, scale_out, noise=lanes, bias=bias, act=True)
 
 
 def _noise_lanes(noise: Array, packing: int) -> Array:
@@ -187,32 +248,30 @@ def _noise_lanes(noise: Array, packing: int) -> Array:
     return jnp.pad(lanes, ((0, 0), (0, 0), (0, -lanes.shape[2] % LANES)))
 
 
-def _styled_forward(plan, x, weight, scale_in, scale_out, noise, bias):
-    y = _styled(plan, x, weight, scale_in, scale_out, noise, bias)
-    return y, (x, weight, scale_in, scale_out, noise, y)
+def _styled_forward(plan, x, weight, scale_in, scale_out, noise, strength, bias):
+    y = _styled(plan, x, weight, scale_in, scale_out, noise, strength, bias)
+    return y, (x, weight, scale_in, scale_out, noise, strength, y)
 
 
 def _styled_backward(plan, saved, g):
-    *args, noise, y = saved
     # The output has the sign of what went into the activation.
-    g = g * jnp.where(y >= 0, 1, 0.2).astype(g.dtype)
-    # Sums over channels as a product: taking cells apart would copy the activation.
-    packing = plan.packing[1]
-    ones = jnp.ones((g.shape[4] // packing, 1), g.dtype)
-    columns = jnp.kron(jnp.eye(packing, dtype=g.dtype), ones)
-    dnoise = jnp.einsum(
-        "bhrwk,kq->bhrqw",
-        g,
-        columns,
-        preferred_element_type=jnp.float32,
-        precision="highest" if g.dtype == jnp.float32 else None,
-    )
-    dnoise = dnoise.swapaxes(3, 4).reshape(*g.shape[:3], -1)
-    if noise.shape[0] == 1:
-        dnoise = jnp.sum(dnoise, 0, keepdims=True)
-    dbias = jnp.sum(g.astype(jnp.float32), (0, 1, 2, 3))
-    dbias = jnp.sum(dbias.reshape(packing, -1), 0)
-    return *_conv_backward(plan, args, g), dnoise, dbias
+    x, weight, scale_in, scale_out, noise, strength, y = saved
+    if plan.geometry.adjoint:
+        g = _sloped(g, y)
+        sums = jnp.sum(g.astype(jnp.float32), (1, 2, 3))[:, None]
+        args = x, None, weight, scale_in, scale_out
+        dx, _, *others = _conv_backward(plan, args, g)
+    else:
+        dx = _conv(plan.transposed, g, y, weight, scale_out, scale_in)
+        own, sums = _own_gradient(plan, x, g, y, noise)
+        others = _scale_gradients(own, weight, scale_in, scale_out)
+    dnoise, dstrength = None, None
+    if noise is not None:
+        # Nobody computes the first unless somebody wants it.
+        dnoise = strength * _gathered(_sloped(g, y), noise, plan.packing[1])
+        dstrength = jnp.sum(sums[:, 1])
+    dbias = jnp.sum(sums[:, 0].reshape(-1, scale_out.shape[1]), 0)
+    return dx, *others, dnoise, dstrength, dbias
 
 
 _styled.defvjp(_styled_forward, _styled_backward)
@@ -272,6 +331,7 @@ def modulated_conv(
     style: Array,
     scale: Array,
     noise: Array | None = None,
+    strength: Array | None = None,
     bias: Array | None = None,
     *,
     up: bool = False,
@@ -287,6 +347,7 @@ def modulated_conv(
       style: [batch, in] float32.
       scale: [batch, out] float32, the demodulation.
       noise: [1 or batch, out_height, out_width], or None.
+      strength: [], a factor of the noise; None for 1.
       bias: [out], or None for the convolution alone.
       up: double the size (transposed convolution, then blur).
       down: halve it (blur, then strided convolution).
@@ -304,14 +365,17 @@ def modulated_conv(
     x = pack(unpack(x, packing), plan.packing[0])
     x = x.reshape(x.shape[0], -1, plan.geometry.rows_in, *x.shape[2:])
     if bias is None:
-        y = _conv(plan, x, weight, style, scale)
+        y = _conv(plan, x, None, weight, style, scale)
     else:
-        height, rows = x.shape[1], plan.geometry.rows_out
-        width = x.shape[3] // plan.split_in * plan.geometry.packing_out
-        if noise is None:
-            noise = jnp.zeros((1, height * rows, width))
         gain = 2**0.5
-        planes = noise.astype(jnp.float32).reshape(-1, height, rows, width) * gain
+        if noise is not None:
+            columns = x.shape[3] // plan.split_in * plan.geometry.packing_out
+            shape = noise.shape[0], x.shape[1], plan.geometry.rows_out, columns
+            noise = noise.astype(jnp.float32).reshape(shape)
+            strength = jnp.float32(1) if strength is None else strength
+            strength = strength.astype(jnp.float32) * gain
+        else:
+            strength = None
         bias = bias.astype(jnp.float32) * gain
-        y = _styled(plan, x, weight, style, scale * gain, planes, bias)
+        y = _styled(plan, x, weight, style, scale * gain, noise, strength, bias)
     return y.reshape(y.shape[0], -1, *y.shape[3:])

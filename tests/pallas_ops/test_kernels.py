@@ -65,7 +65,7 @@ def by_kernels(up, interpret=True):
             style,
             modulated_conv._demodulation(weight, style),
             noise,
-            bias,
+            bias=bias,
             up=up,
             packing=packing,
             interpret=interpret,
