@@ -66,7 +66,8 @@ def load_encoder(path: str, generator: Generator) -> Encoder:
         raise UserError(
             f"encoder {path} gives {encoder.num_styles} codes of {encoder.w_dim}; the "
             f"{generator.size} px generator takes {generator.num_ws} of "
-            f"{generator.w_dim}: use the encoder trained for it, or --encoder optimize"
+            f"{generator.w_dim}: name the generator it was trained for with --weights, "
+            "or use --encoder optimize"
         )
     metadata = weights.read_config(path)["metadata"]
     task = metadata.get("inputs") or metadata.get("task")

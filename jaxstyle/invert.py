@@ -363,8 +363,9 @@ class Options:
     photo: tyro.conf.Positional[Path]
     """A photo, or a folder of photos; for an encoder of drawings or label maps those
     (PNG, the classes as grey values or palette indices)."""
-    weights: str = weights.DEFAULT
-    """The generator: a name we ship, a converted folder, or a run."""
+    weights: str = ""
+    """The generator: a name we ship, a converted folder, or a run. Empty: the one
+    stored with the encoder, else heads."""
     encoder: str = "optimize"
     """An encoder's folder, or `optimize`, which needs none."""
     restyle: int | None = None
@@ -408,6 +409,14 @@ class Options:
     """Seed of the search; the same command gives the same codes."""
     search: Annotated[Search, tyro.conf.OmitArgPrefixes] = DEFAULT
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
+
+
+def generator_name(options: Options) -> str:
+    """The generator to use: as given, or what the encoder's folder holds."""
+    if options.weights or options.encoder == "optimize":
+        return options.weights or weights.DEFAULT
+    has_one = "generator" in weights.read_config(options.encoder)["networks"]
+    return options.encoder if has_one else weights.DEFAULT
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -671,7 +680,7 @@ def main(args: list[str] | None = None) -> None:
     use_compilation_cache()
     paths = images.image_files(options.photo)[: options.limit]
     targets = find_targets(options.target, paths)
-    generator, params = pipeline.load_generator(options.weights)
+    generator, params = pipeline.load_generator(generator_name(options))
     encoder, reading = None, Reading("photo", generator.size, align=options.align)
     if options.encoder != "optimize":
         encoder = load_encoder(options.encoder, generator)

@@ -216,6 +216,15 @@ def test_command_encodes(tmp_path, folders):
     found = run(folders, "photos", "photo", tmp_path, "--batch", "2")
     assert found["w_plus"].shape == (3, 6, 16)
     assert (tmp_path / "c-inverted.png").exists()
+    # An encoder's folder that holds the generator too needs no --weights.
+    networks = [weights.load(folders[k]) for k in ("photo encoder", "base")]
+    both = {k: v for module, _ in networks for k, v in module.items()}
+    values = {k: v for _, params in networks for k, v in params.items()}
+    weights.save(tmp_path / "both", both, values)
+    options = ["--encoder", str(tmp_path / "both"), "--out", str(tmp_path / "same.npz")]
+    invert.main([folders["photos"], *options, "--no-align", "--codes-only"])
+    with np.load(tmp_path / "same.npz") as file:
+        np.testing.assert_allclose(file["w_plus"], found["w_plus"], atol=1e-5)
     single = Path(folders["photos"], "c.png")
     alone = run(folders, str(single), "photo", tmp_path / "one")
     np.testing.assert_allclose(alone["w_plus"][0], found["w_plus"][2], atol=1e-5)
