@@ -11,6 +11,7 @@ place; too many of them end the run.
 
 import dataclasses
 import hashlib
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,10 +123,10 @@ class TfdsPictures(Sequence):
                 f"{where} has no feature {feature!r}, only "
                 + ", ".join(builder.info.features)
             )
-        # Only one feature is decoded.
-        others = {f: SkipDecoding() for f in builder.info.features if f != feature}
+        # TFDS would decode all features, and ask for OpenCV.
+        raw = {name: SkipDecoding() for name in builder.info.features}
         try:
-            self.source = builder.as_data_source(split=split, decoders=others)
+            self.source = builder.as_data_source(split=split, decoders=raw)
         except ValueError as error:
             splits = ", ".join(builder.info.splits)
             raise UserError(
@@ -140,11 +141,11 @@ class TfdsPictures(Sequence):
         if index >= len(self):
             raise IndexError(index)
         try:
-            image = np.asarray(self.source[index][self.arguments[2]])
+            with Image.open(io.BytesIO(self.source[index][self.arguments[2]])) as image:
+                return image.copy() if image.mode == "L" else image.convert("RGB")
         except Exception as error:
             # Decoders fail in many ways; all mean the same to the user.
             raise UserError(f"{self.name(index)} is damaged ({error})") from None
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
     def name(self, index: int) -> str:
         """Which example of the set."""

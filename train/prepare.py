@@ -21,6 +21,7 @@ import functools
 import io
 import multiprocessing
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,7 @@ def examples(options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
         run = map(encoder, files)
         if options.workers:
             pool = multiprocessing.get_context("spawn").Pool(options.workers)
-            run = stack.enter_context(pool).imap(encoder, files, 8)
+            run = _in_pool(stack.enter_context(pool), encoder, files, options.workers)
         for i, example in enumerate(tqdm(run, total=len(files), unit="picture")):
             if isinstance(example, dict):
                 yield i, {k: io.BytesIO(v) for k, v in example.items()}
@@ -117,7 +118,14 @@ def examples(options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{example}; number {broken} of such, --max-broken is "
                     f"{options.max_broken}"
                 )
-            tqdm.write(f"left out: {example}")
+            tqdm.write(f"left out: {example}", file=sys.stderr)
+
+
+def _in_pool(pool: Any, encoder: Any, files: list, workers: int) -> Iterator[Any]:
+    """Encoded files in order, a part at a time: few wait to be written."""
+    part = 64 * workers
+    for start in range(0, len(files), part):
+        yield from pool.imap(encoder, files[start : start + part], 8)
 
 
 def write(options: Options) -> int:
@@ -139,7 +147,9 @@ def write(options: Options) -> int:
         name = NAME
 
         def _info(self):
-            return self.dataset_info_from_configs(
+            # Not from configs: those are looked for beside a module, not a command.
+            return tfds.core.DatasetInfo(
+                builder=self,
                 description=f"{options.folder.name}, at most {options.size} px",
                 features=tfds.features.FeaturesDict(features),
             )
@@ -156,7 +166,10 @@ def write(options: Options) -> int:
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         builder = Pictures(data_dir=temporary, file_format="array_record")
-        builder.download_and_prepare()
+        # It tells of the temporary folder.
+        with contextlib.redirect_stdout(None):
+            builder.download_and_prepare()
+        shutil.rmtree(temporary / "downloads", ignore_errors=True)
         temporary.chmod(0o755)
         temporary.rename(out)
     finally:

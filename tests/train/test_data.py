@@ -2,6 +2,8 @@ import functools
 import io
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -178,9 +180,9 @@ def test_resumed_run_sees_the_same_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Batches, "__next__", record)
     toy.run(toy.options(tmp_path / "whole"), mesh_of(2))
     whole, seen[:] = np.stack(seen), []
-    for steps in (2, 5, 6):
+    for steps in (4, 6):
         toy.run(toy.options(tmp_path / "parts", steps=steps), mesh_of(2))
-    # Across the ends of two epochs, and not one picture twice or left out.
+    # Across ends of epochs, and not one picture twice or left out.
     np.testing.assert_array_equal(np.stack(seen), whole)
 
 
@@ -289,10 +291,14 @@ def test_tfds_in_another_form_names_the_command(prepared, tmp_path):
 def test_prepared_folder_is_data(folder, tmp_path, capsys):
     (folder / "1.png").write_bytes(b"\x89PNG nothing")
     out = tmp_path / "set"
-    prepare.main([str(folder), str(out), "--size", "4"])
-    printed = capsys.readouterr()
-    assert "1.png is damaged" in printed.out and "4 examples" in printed.out
-    assert f"--data tfds:pictures:train --tfds-folder {out}" in printed.out
+    # As a command: TFDS looks for the builder's module.
+    command = [sys.executable, "-m", "train.prepare", str(folder), str(out)]
+    arguments = ["--size", "4", "--workers", "1"]
+    printed = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert "1.png is damaged" in printed.stderr and "4 examples" in printed.stdout
+    assert f"--data tfds:pictures:train --tfds-folder {out}\n" in printed.stdout
+    assert [p.name for p in out.iterdir()] == ["pictures"]
     tfds = pytest.importorskip("tensorflow_datasets")
     builder = tfds.builder_from_directory(str(out / "pictures" / "1.0.0"))
     assert builder.info.file_format.value == "array_record"
@@ -324,20 +330,13 @@ def test_damaged_example_of_a_set_is_named(folder, tmp_path, capsys):
     source = data.open_source(str(out), 4)
     capsys.readouterr()
 
-    class Damaged(list):
-        """The set with an example whose bytes are no picture."""
-
-        def __getitem__(self, index):
-            if index == 2:
-                raise OSError("cannot identify image file")
-            return super().__getitem__(index)
-
-    pictures = source.source
-    pictures.source = Damaged(pictures.source[i] for i in range(5))
+    examples = [dict(source.source.source[i]) for i in range(5)]
+    examples[2]["image"] = examples[2]["image"][:30]
+    source.source.source = examples
     images = take(data.batches(source, 5, mesh_of(1), seed=0), 2)
     assert len(images) == 10
     printed = capsys.readouterr().out
-    assert f"{out}[2] is damaged (cannot identify image file)" in printed
+    assert f"left out: {out}[2] is damaged" in printed
 
 
 @pytest.mark.filterwarnings("ignore")
