@@ -109,7 +109,10 @@ def load(files: Sequence[str | os.PathLike]) -> convert.Loaded:
             continue
         found, values, told = convert.load(path)
         digests[path.name] = told.source["sha256"]
-        for name, new in _names(path, found).items():
+        kept = _names(path, found)
+        if left := [name for name in found if name not in kept]:
+            told.ignored.append(f"{', '.join(left)}: the style has its own")
+        for name, new in kept.items():
             if new in networks:
                 raise UserError(f"{path}: {new} is in another file already")
             networks[new], params[new] = found[name], values[name]

@@ -65,6 +65,8 @@ def original(*names):
 def encoder_file(name):
     networks, params = small_style()
     value = convert.to_pt({"encoder": networks[name]}, {"encoder": params[name]})
+    decoder = original("generator")["g_ema"]
+    value["state_dict"] |= {f"decoder.{k}": v for k, v in decoder.items()}
     if name == "encoder":
         del value["latent_avg"]
     return value
@@ -116,8 +118,8 @@ def test_a_style_becomes_one_folder(checkpoint, tmp_path, capsys):
     for name in expected:
         assert model[name] == networks[name]
         wanted, got = dict(params[name]), dict(loaded[name])
-        if name == "generator":
-            # The file has none: it is estimated.
+        if name in ("generator", "encoder"):
+            # Their files have none: it is estimated, and the encoder makes no use of it.
             del wanted["w_avg"], got["w_avg"]
         assert same(wanted, got), name
     # The order is that of the refined codes, which the published command reads.
@@ -141,6 +143,7 @@ def test_a_style_becomes_one_folder(checkpoint, tmp_path, capsys):
     for line in (
         "generator.pt: dual: 7 residual blocks, T_s of 2 layers, 1 color transforms",
         "T_s of g_ema is untrained",
+        "encoder.pt: generator: the style has its own",
         "notes.txt: not of the files of a style",
         "generator-001400.pt: not of the files of a style",
         "refined codes: 3, 8 rows of 512",
