@@ -119,7 +119,7 @@ def test_a_style_becomes_one_folder(checkpoint, tmp_path, capsys):
         assert model[name] == networks[name]
         wanted, got = dict(params[name]), dict(loaded[name])
         if name in ("generator", "encoder"):
-            # Their files have none: it is estimated, and the encoder makes no use of it.
+            # Their files have none: it is estimated, and no use is made of it.
             del wanted["w_avg"], got["w_avg"]
         assert same(wanted, got), name
     # The order is that of the refined codes, which the published command reads.
