@@ -500,6 +500,11 @@ def to_pt(networks: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
     g, d, e = (networks.get(n) for n in ("generator", "discriminator", "encoder"))
     if g is d is e is None:
         raise UserError(f"{listed(networks)}: none of these has a PyTorch layout")
+    if e and len(set(e.channels)) < len(e.channels):
+        raise UserError(
+            f"the encoder's stages have {', '.join(map(str, e.channels))} channels; "
+            "in PyTorch's layout stages of one width cannot be told apart"
+        )
     generator = stylegan2.generator_state(g, params["generator"]) if g else {}
     if e is None:
         value = {"g_ema": generator} if g else {}

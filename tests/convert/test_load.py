@@ -9,6 +9,7 @@ import convert
 from convert import pt
 from convert.__main__ import main
 from jaxstyle import weights
+from jaxstyle.encoders import GradualStyleEncoder
 from jaxstyle.errors import UserError
 from tests.convert.files import (
     CHANNELS,
@@ -351,3 +352,6 @@ def test_unknown_files_are_said_to_be(tmp_path):
 def test_networks_without_an_original_layout_are_named(tmp_path):
     with pytest.raises(UserError, match="lpips: none of these"):
         convert.to_pt({"lpips": None}, {"lpips": {}})
+    narrow = GradualStyleEncoder(units=(1, 1), channels=(16, 16))
+    with pytest.raises(UserError, match="16, 16 channels.*cannot be told apart"):
+        convert.to_pt({"encoder": narrow}, {"encoder": {}})
