@@ -1,0 +1,597 @@
+"""StyleGAN-NADA: a sentence, or a few pictures, move a generator to another domain.
+
+Gal et al., "StyleGAN-NADA: CLIP-Guided Domain Adaptation of Image Generators", arXiv
+2108.00946.
+
+1. A frozen and a learning generator start equal and draw the same codes.
+2. theta = argmin 1 - cos(E(G(w; theta)) - E(G(w)), T(target) - T(source)), E and T
+   CLIP's embeddings of pictures and text (eq. 3): every picture moves as the text does.
+3. For changes of shape, the layers that train are chosen anew in each step (section
+   4.2): those whose codes move most when they follow the target text.
+4. With pictures instead of a text (section 4.6), the direction is that from generated
+   pictures to them.
+
+    python -m train.nada --source photo --target sketch --clip ViT-B/32
+    python -m train.nada --ref a.png b.png c.png --clip ViT-B/32 ViT-B/16
+    python -m train.nada --preset pixar
+    python -m jaxstyle.stylize me.jpg --weights runs/nada-photo-sketch
+
+No picture is needed, no discriminator, and no more than a few hundred steps. CLIP's
+weights do not ship with us: give OpenAI's ViT-B-32.pt, a folder of Hugging Face's, or a
+name that is in their cache. Look at samples/: the upper row is the frozen generator,
+and people in the lower one should stay themselves. If all become one, stop earlier.
+
+On many chips the batch is split over the `data` axis; CLIP and both generators are on
+all. The published batch is 2, with no rule for other rates at larger ones: nor have we.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax import Array
+
+from convert.clip import load_clip
+from jaxstyle import images, weights
+from jaxstyle.errors import UserError, cli
+from jaxstyle.features.clip import Resize
+from jaxstyle.features.clip_text import Judge
+from jaxstyle.stylegan2 import Generator
+from train import nada_layers, nada_losses, optim, references, sharding
+from train.cli import RunOptions, Shared, parse, start, with_out, working
+from train.loop import check_folder, fit
+from train.nada_losses import Terms
+from train.state import TrainState, create_state
+
+# The published code scales rate and betas for a lazy regularisation that it leaves out.
+LAZY = 4 / 5
+GRID = 5
+# Texts after the paper's figures; settings as published for the kind of change: style
+# 200-400 steps with all layers, identity 150-200, shape with a choice of layers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "sketch": {"source": "photo", "target": "sketch", "steps": 300},
+    "pixar": {"source": "photo", "target": "3d render in the style of Pixar"},
+    "disney": {"source": "human", "target": "Disney princess"},
+    "mona-lisa": {"source": "photo", "target": "Mona Lisa painting", "steps": 200},
+    "modigliani": {"source": "photo", "target": "Amedeo Modigliani painting"},
+    "picasso": {"source": "photo", "target": "cubism painting by Pablo Picasso"},
+    "botero": {"source": "photo", "target": "Fernando Botero painting"},
+    "elf": {"source": "human", "target": "Tolkien elf", "steps": 200},
+    "werewolf": {"source": "human", "target": "werewolf", "improve_shape": True},
+    "zombie": {"source": "human", "target": "zombie", "improve_shape": True},
+    "dog-to-cat": {
+        "source": "dog",
+        "target": "cat",
+        "steps": 1000,
+        "choose_steps": 1,
+        "choose": 3,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of train.nada; the defaults are the published ones."""
+
+    source: str = ""
+    """What the generator draws now, in a word or a few: photo, dog, human."""
+    target: str = ""
+    """What it is to draw: sketch, "Mona Lisa painting"."""
+    ref: tuple[Path, ...] = ()
+    """Pictures of the target instead of texts: about three, not aligned."""
+    preset: Literal[tuple(PRESETS)] | None = None
+    """Source, target and settings for a known change; flags of your own win."""
+    weights: str = weights.DEFAULT
+    """Base networks: a name we ship, a converted folder, or a run."""
+    clip: tuple[str, ...] = ("ViT-B/32",)
+    """CLIP models: files, folders, names (ViT-B/32, ViT-B/16, ViT-L/14) or hub ids in
+    the local cache. Two, ViT-B/32 and ViT-B/16, for changes of shape and pictures."""
+    clip_weights: tuple[float, ...] = ()
+    """Weight of each model's loss; not given: 1."""
+    text_embeddings: tuple[Path, ...] = ()
+    """Files of python -m train.nada_text, one a CLIP model: no text tower is loaded."""
+    vocabulary: str = ""
+    """Tokenizer files, see train.nada_text."""
+    download: bool = False
+    """Fetch hub ids that are not in the local cache."""
+    resize: Resize = "antialias"
+    """How pictures are made small for CLIP; torch-1.7: as for the published models."""
+    terms: Annotated[Terms, tyro.conf.OmitArgPrefixes] = Terms()
+    lambda_texture: float = 0.0
+    """Refused: the published code never reaches this term."""
+    improve_shape: bool = False
+    """The notebook's settings for changes of shape: two CLIP models, a choice of two
+    thirds of the layers, style mixing in 9 of 10 steps."""
+    phase: nada_layers.Phase = "default"
+    """Layers that train when none are chosen: all convolutions; texture, shape,
+    shape_expanded, no_fine: some of them; all: the to-RGBs too."""
+    choose_steps: int = 0
+    """Steps of the codes by which layers are chosen anew each time; 0: no choice."""
+    choose: int = 0
+    """Rows of codes whose layers train in a step; 0: two thirds of them."""
+    choose_batch: int = 8
+    """Codes that the choice looks at."""
+    layer_map: nada_layers.LayerMap = "peer"
+    """Which layer a row stands for: the published table, which is off by one, or the
+    layer that the row drives."""
+    idle: Literal["keep", "decay"] = "keep"
+    """Adam's moments of layers that are not chosen: keep them (PyTorch 2), or let them
+    decay (PyTorch 1.7, the published models); with few layers decay makes the first
+    steps of a layer up to 11 times as large."""
+    mixing: float = 0.0
+    """Share of the steps whose codes are mixed of two."""
+    crossover: Literal["shared", "separate"] = "shared"
+    """Row at which mixed codes change: one for both generators, or one each as
+    published, which moves pictures for another reason than the text."""
+    noise: Literal["separate", "shared", "const", "none"] = "separate"
+    """Noise planes of the two generators: drawn for each as published; the same for
+    both, but in the first step; the stored ones; or none."""
+    ref_batch: int = 16
+    """Generated pictures that the direction to --ref starts from."""
+    lr: float = 2e-3
+    """Adam's learning rate (betas 0 and 0.99), all three scaled by 4/5 as published."""
+    sample_psi: float = 0.7
+    """Truncation of the sample grids and of the fixed pictures."""
+    validate_every: int = 0
+    """Steps between measures of the loss on fixed codes (`val_loss`); the best state
+    is kept in OUT/best. 0: only at the end."""
+    validate_count: int = 16
+    """Fixed codes."""
+    run: Shared = RunOptions(
+        steps=300, batch=2, log_every=10, sample_every=50, save_every=50, keep=0
+    )
+
+
+def judge_fn(options: Options, module: Any):
+    """A function (params, pictures) -> unit vectors for one CLIP model."""
+
+    def embed(params, x):
+        return module.apply(
+            {"params": params}, x, options.resize, options.run.remat, method="embed"
+        )
+
+    return embed
+
+
+def loss_fn(
+    synthesis: Any,
+    frozen: Mapping[str, Any],
+    source: Array,
+    codes: Array,
+    *,
+    options: Options,
+    generator: Generator,
+    modules: Sequence[Any],
+    noise: Any,
+    key: Array | None = None,
+    patch_key: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of the learning generator's pictures, over all CLIP models.
+
+    Args:
+      synthesis: parameters that learn.
+      frozen: `base`, `clip` and `anchors`, the latter two by number.
+      source: pictures of the frozen generator.
+      codes: w+ of the same pictures [batch, num_ws, w_dim].
+      options: of the scheme.
+      generator: architecture.
+      modules: CLIP models.
+      noise: as in `Generator`.
+      key: for random noise.
+      patch_key: for the patch loss.
+    """
+    params = {**frozen["base"], "synthesis": synthesis}
+    target, _ = generator.apply(
+        {"params": params}, codes, space="w_plus", noise=noise, key=key
+    )
+    total, metrics = 0.0, {}
+    for i, (module, weight) in enumerate(
+        zip(modules, clip_weights(options), strict=True)
+    ):
+        value, found = nada_losses.loss(
+            partial(judge_fn(options, module), frozen["clip"][str(i)]),
+            frozen["anchors"][str(i)],
+            options.terms,
+            source,
+            target,
+            key=patch_key,
+        )
+        total += weight * value
+        suffix = f"/{i}" if len(modules) > 1 else ""
+        metrics |= {f"{name}{suffix}": x for name, x in found.items()}
+    return total, metrics
+
+
+def choice(
+    synthesis: Any,
+    frozen: Mapping[str, Any],
+    w: Array,
+    *,
+    options: Options,
+    generator: Generator,
+    modules: Sequence[Any],
+    noise: Any,
+    key: Array | None = None,
+) -> Array:
+    """How far each row of the codes moves towards the target text: [num_ws].
+
+    Args:
+      synthesis: parameters that learn.
+      frozen: as for `loss_fn`.
+      w: codes [batch, w_dim].
+      options, generator, modules, noise: as for `loss_fn`.
+      key: one key a picture, for random noise.
+    """
+    params = {**frozen["base"], "synthesis": jax.lax.stop_gradient(synthesis)}
+
+    def loss(codes, step):
+        keys = None
+        if key is not None:
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(key)
+        image, _ = generator.apply(
+            {"params": params}, codes, space="w_plus", noise=noise, key=keys
+        )
+        pairs = enumerate(zip(modules, clip_weights(options), strict=True))
+        return sum(
+            weight
+            * nada_losses.to_text(
+                judge_fn(options, module)(frozen["clip"][str(i)], image),
+                frozen["anchors"][str(i)]["class"],
+            )
+            for i, (module, weight) in pairs
+        )
+
+    return nada_layers.scores(loss, w, generator.num_ws, options.choose_steps)
+
+
+def clip_weights(options: Options) -> tuple[float, ...]:
+    """A weight for each CLIP model."""
+    return options.clip_weights or (1.0,) * len(options.clip)
+
+
+def mixed_codes(
+    options: Options, generator: Generator, base: Any, key: Array
+) -> tuple[Array, Array]:
+    """Codes w+ of a step for the frozen and the learning generator.
+
+    Both [batch, num_ws, w_dim], equal unless crossovers are drawn separately.
+    """
+    rows, batch = generator.num_ws, options.run.batch
+
+    def draw(i):
+        z = sharding.sample_normal(jax.random.fold_in(key, i), batch, generator.z_dim)
+        return generator.apply({"params": base}, z, method="mapping")[:, None]
+
+    first = jnp.broadcast_to(draw(0), (batch, rows, generator.w_dim))
+    if not options.mixing:
+        return first, first
+    second = draw(1)
+    keys = jax.random.split(jax.random.fold_in(key, 2), 3)
+    mixes = jax.random.bernoulli(keys[0], options.mixing)
+
+    def mixed(key):
+        row = jnp.where(mixes, jax.random.randint(key, (), 1, rows), rows)
+        return jnp.where((jnp.arange(rows) < row)[None, :, None], first, second)
+
+    source = mixed(keys[1])
+    return source, source if options.crossover == "shared" else mixed(keys[2])
+
+
+def make_step(options: Options, generator: Generator, modules: Sequence[Any], tx: Any):
+    """The step of the scheme."""
+    noise = "random" if options.noise in ("separate", "shared") else options.noise
+    shared = {
+        "options": options,
+        "generator": generator,
+        "modules": modules,
+        "noise": noise,
+    }
+    size, phase = generator.size, nada_layers.phase_mask(generator.size, options.phase)
+
+    def step(state: TrainState, frozen: Any, _: Any) -> tuple[TrainState, dict]:
+        params, opt_state = state.params["generator"], state.opt_state["generator"]
+        synthesis = params["synthesis"]
+
+        def keys(i, batch=options.run.batch):
+            return sharding.sample_keys(jax.random.fold_in(state.key, i), batch)
+
+        active, metrics = phase, {}
+        if options.choose_steps:
+            count = options.choose_batch
+            z = sharding.sample_normal(
+                jax.random.fold_in(state.key, 0), count, generator.z_dim
+            )
+            w = generator.apply({"params": frozen["base"]}, z, method="mapping")
+            scores = choice(synthesis, frozen, w, key=keys(1, count), **shared)
+            active = nada_layers.chosen_mask(
+                size, scores, options.choose, options.layer_map
+            )
+        before, after = mixed_codes(
+            options, generator, frozen["base"], jax.random.fold_in(state.key, 2)
+        )
+        source_keys, target_keys = keys(3), keys(4)
+        if options.noise == "shared":
+            # In the first step equal noise would make equal pictures: no direction.
+            target_keys = jnp.where(state.step == 0, target_keys, source_keys)
+        source, _ = generator.apply(
+            {"params": frozen["base"]},
+            before,
+            space="w_plus",
+            noise=noise,
+            key=source_keys,
+        )
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            synthesis,
+            frozen,
+            jax.lax.stop_gradient(source),
+            after,
+            key=target_keys,
+            patch_key=jax.random.fold_in(state.key, 5),
+            **shared,
+        )
+        synthesis, opt_state = optim.apply(
+            tx, grads, opt_state, synthesis, active=active
+        )
+        metrics = {"loss": loss} | terms
+        if options.choose_steps:
+            metrics |= {f"trains/{n}": x for n, x in active.items() if n != "const"}
+        state = state.replace(
+            params={"generator": {**params, "synthesis": synthesis}},
+            opt_state={"generator": opt_state},
+        )
+        return state, metrics
+
+    return step
+
+
+def optimizer(options: Options) -> Any:
+    """Adam as published, which may skip layers."""
+    return nada_layers.masked_adam(options.lr * LAZY, 0.99**LAZY, idle=options.idle)
+
+
+def start_state(options: Options, base: Any, tx: Any) -> TrainState:
+    """A copy of the base whose synthesis network trains."""
+    key = jax.random.key(options.run.seed)
+    state = create_state({"generator": base}, {}, key=key)
+    return state.replace(opt_state={"generator": tx.init(base["synthesis"])})
+
+
+def frozen_of(
+    options: Options, generator: Generator, base: Any, judges: Sequence[Judge]
+) -> dict[str, Any]:
+    """What a run never changes: the base, CLIP's vision towers, where to go."""
+    found = [anchors_of(options, generator, base, judge) for judge in judges]
+    key = jax.random.fold_in(jax.random.key(options.run.seed), 1)
+    shape = max(options.validate_count, GRID), generator.z_dim
+    # Parameters of the text towers stay on the host.
+    return {
+        "base": base,
+        "clip": {
+            str(i): {"vision": judge.params["vision"]} for i, judge in enumerate(judges)
+        },
+        "anchors": {str(i): anchors for i, anchors in enumerate(found)},
+        "z": jax.random.normal(key, shape),
+    }
+
+
+def anchors_of(
+    options: Options, generator: Generator, base: Any, judge: Judge
+) -> dict[str, Array]:
+    """Directions and texts for one CLIP model; see `nada_losses`."""
+    found = {}
+    if options.source:
+        parts = bool(options.terms.lambda_patch)
+        found = nada_losses.anchors(judge, options.source, options.target, parts)
+    if not options.ref:
+        return found
+    module, vision = judge.module, {"vision": judge.params["vision"]}
+    photos = [module.prepare_photo(images.open_image(path)) for path in options.ref]
+    key = jax.random.fold_in(jax.random.key(options.run.seed), 2)
+    z = jax.random.normal(key, (options.ref_batch, generator.z_dim))
+
+    @jax.jit
+    def embed(vision, base, photos, z):
+        drawn, _ = generator.apply({"params": base}, z, noise="random", key=key)
+        after = module.apply({"params": vision}, photos, method="encode_image")
+        before = judge_fn(options, module)(vision, drawn)
+        return nada_losses.direction(before, nada_losses.normalise(after))
+
+    found["direction"] = embed(vision, base, jnp.stack(photos), z)
+    return found
+
+
+def make_sample(options: Options, generator: Generator):
+    """Fixed codes: the frozen generator's pictures above, the learning one's below."""
+
+    def sample(state: TrainState, frozen: Any) -> Array:
+        rows = [
+            generator.apply(
+                {"params": params}, frozen["z"][:GRID], psi=options.sample_psi
+            )[0]
+            for params in (frozen["base"], state.params["generator"])
+        ]
+        return jnp.stack(rows)
+
+    return sample
+
+
+def make_validate(options: Options, generator: Generator, modules: Sequence[Any]):
+    """The loss on fixed codes, by which the best state is kept."""
+
+    @jax.jit
+    def value(params, frozen):
+        z = frozen["z"][: options.validate_count]
+        apply = partial(generator.apply, psi=options.sample_psi)
+        source, out = apply({"params": frozen["base"]}, z)
+        return loss_fn(
+            params["synthesis"],
+            frozen,
+            source,
+            out["w_plus"],
+            options=options,
+            generator=generator,
+            modules=modules,
+            noise="const",
+            patch_key=jax.random.key(0),
+        )[0]
+
+    def validate(state: TrainState, frozen: Any) -> dict[str, float]:
+        return {"val_loss": float(value(state.params["generator"], frozen))}
+
+    return validate
+
+
+def read(args: list[str] | None) -> Options:
+    """The options of a command line, over those of a preset."""
+    options = parse(Options, __doc__, args)
+    if not options.preset:
+        return options
+    wanted = dict(PRESETS[options.preset])
+    run = dataclasses.replace(Options().run, steps=wanted.pop("steps", 300))
+    default = dataclasses.replace(Options(), run=run, **wanted)
+    print(f"preset {options.preset}: {PRESETS[options.preset]}", flush=True)
+    return parse(Options, __doc__, args, default)
+
+
+def resolve(options: Options, size: int) -> Options:
+    """Defaults that depend on other options and on the size of the pictures.
+
+    Raises:
+      UserError: values that cannot be.
+    """
+    if options.lambda_texture:
+        raise UserError(
+            "--lambda-texture is refused: the published code never hands a texture "
+            "picture to this term, so no published result used it, and it needs CLIP's "
+            "RN50; use --ref for a texture you have a picture of"
+        )
+    if bool(options.source) != bool(options.target):
+        raise UserError("--source and --target go together; give both or neither")
+    if not options.source and not options.ref:
+        raise UserError(
+            "nothing says where to go: give --source and --target, --ref, or --preset"
+        )
+    if options.improve_shape:
+        both = ("ViT-B/32", "ViT-B/16")
+        options = dataclasses.replace(
+            options,
+            clip=both if options.clip == Options.clip else options.clip,
+            choose_steps=options.choose_steps or 1,
+            mixing=options.mixing or 0.9,
+        )
+    rows = len(nada_layers.row_layers(size, "peer"))
+    if not options.choose:
+        options = dataclasses.replace(options, choose=2 * rows // 3)
+    for flag, value, low, high in (
+        ("--choose", options.choose, 1, rows),
+        ("--choose-steps", options.choose_steps, 0, 1000),
+        ("--choose-batch", options.choose_batch, 1, 1 << 16),
+        ("--ref-batch", options.ref_batch, 1, 1 << 16),
+        ("--validate-count", options.validate_count, 1, 1 << 16),
+        ("--mixing", options.mixing, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise UserError(
+                f"{flag} is {value}; it must be from {low} to {high} at {size} px"
+            )
+    terms = dataclasses.asdict(options.terms)
+    if not any(terms.values()):
+        raise UserError("all --lambda-… are 0: there is nothing to learn from")
+    if options.terms.lambda_patch and size <= nada_losses.PATCH:
+        raise UserError(
+            f"--lambda-patch is {options.terms.lambda_patch}; its patches have "
+            f"{nada_losses.PATCH} px and the pictures {size}: leave it 0"
+        )
+    texts = options.choose_steps or any(
+        value for name, value in terms.items() if name != "lambda_direction"
+    )
+    if texts and not options.source:
+        raise UserError(
+            "--source and --target are needed beside --ref: a choice of layers and "
+            "every loss but --lambda-direction compare with texts"
+        )
+    for name in ("clip_weights", "text_embeddings"):
+        given = getattr(options, name)
+        if given and len(given) != len(options.clip):
+            raise UserError(
+                f"--{name.replace('_', '-')} has {len(given)} entries for "
+                f"{len(options.clip)} CLIP models; give one each"
+            )
+    for path in options.ref:
+        if not path.is_file():
+            raise UserError(f"--ref {path} is not a file; give a picture")
+    named = [p.stem for p in options.ref[:3]]
+    texts = [options.source, options.target] if not named else named
+    return with_out(options, "nada-" + "-".join(texts))
+
+
+def load_judges(options: Options) -> list[Judge]:
+    """The CLIP models."""
+    files = options.text_embeddings or (None,) * len(options.clip)
+    return [
+        load_clip(
+            source,
+            vocabulary=options.vocabulary or None,
+            texts=file,
+            download=options.download,
+            dtype=options.run.dtype,
+        )
+        for source, file in zip(options.clip, files, strict=True)
+    ]
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m train.nada`."""
+    options = read(args)
+    mesh = start(options.run)
+    model, params = weights.load(options.weights)
+    generator = working(model["generator"], options.run)
+    base = params["generator"]
+    options = resolve(options, generator.size)
+    judges = load_judges(options)
+    metadata = {
+        "scheme": "nada",
+        "base": options.weights,
+        "source": options.source,
+        "target": options.target,
+        "references": [str(p) for p in options.ref],
+        "clip": list(options.clip),
+    }
+    identity = {"weights": weights.digest(base)} | {
+        f"clip_{i}": weights.digest(judge.params["vision"])
+        for i, judge in enumerate(judges)
+    }
+    if options.ref:
+        identity["reference"] = references.digest(options.ref)
+    check_folder(options, metadata, identity)
+    frozen = frozen_of(options, generator, base, judges)
+    modules = [judge.module for judge in judges]
+    tx = optimizer(options)
+    fit(
+        options,
+        start_state(options, base, tx),
+        frozen,
+        [(1, make_step(options, generator, modules, tx))],
+        None,
+        networks={"generator": generator},
+        mesh=mesh,
+        metadata=metadata,
+        identity=identity,
+        sample=make_sample(options, generator),
+        validate=(
+            options.validate_every,
+            make_validate(options, generator, modules),
+        ),
+    )
+    if jax.process_index() == 0:
+        print(f"now: python -m jaxstyle.stylize me.jpg --weights {options.run.out}")
+
+
+if __name__ == "__main__":
+    main()
