@@ -65,6 +65,7 @@ def dumps():
                 os.environ.get("LIBTPU_INIT_ARGS", ""),
                 f"--xla_jf_dump_to={folder}",
                 "--xla_jf_dump_llo_text=true",
+                "--xla_jf_dump_llo_pass_label_regex=.*final.*",
             ]
         )
         yield Path(folder)
@@ -104,7 +105,7 @@ def read_kernel(folder: Path, name: str) -> Kernel:
     return Kernel(turns, bundles, max(rows.values(), default=0), spills)
 
 
-def _bytes(shapes: str) -> int:
+def bytes_of(shapes: str) -> int:
     """Bytes of the arrays in a piece of a program's text."""
     total = 0
     for dtype, sides in re.findall(r"\b(\w+)\[([\d,]*)\]", shapes):
@@ -142,7 +143,7 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
             name = re.search(r"%([\w.-]+) =", line)[1]
             operands = re.search(r"custom-call\((.*?)\)", line)[1]
             read = {array(n) for n in re.findall(r"%([\w.-]+)", operands)}
-            moved = _bytes(shapes[name]) + sum(_bytes(shapes[n]) for n in read)
+            moved = bytes_of(shapes[name]) + sum(bytes_of(shapes[n]) for n in read)
             found = read_kernel(folder, name)
             compute = found.turns * max(found.bundles, found.matmul_rows)
             kernels[name] = max(compute, moved / (bandwidth / ghz)) / ghz / 1e6
@@ -324,9 +325,14 @@ def measure(
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         record["error"] = str(error).split("\n")[0][:300]
     finally:
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear(folder)
     return record
+
+
+def clear(folder: Path) -> None:
+    """Empty a folder: a compilation leaves hundreds of megabytes."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def layer_names(size: int) -> list[str]:

@@ -34,6 +34,9 @@ class RunOptions:
     """Seed of everything random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the convolutions; parameters, norms and losses stay float32."""
+    remat: bool = False
+    """Keep only each resolution's output for the backward pass and compute the rest
+    once more: less memory, about a third more time."""
     log_every: int = 10
     """Iterations between lines of metrics.jsonl."""
     sample_every: int = 100
@@ -56,6 +59,9 @@ class RunOptions:
     """Devices along the fsdp axis (batch and weights)."""
     mesh_space: int = 1
     """Devices along the space axis (rows of the pictures)."""
+    compile_for: str = ""
+    """Do not train: compile the steps for this TPU topology (such as v5e:4x4), say what
+    they need, and exit. No TPU is needed; see train.fits."""
     debug_nans: bool = False
     """Stop at the operation that makes the first NaN (slow)."""
     debug_profile: bool = False
@@ -66,8 +72,9 @@ Shared = Annotated[RunOptions, tyro.conf.OmitArgPrefixes]
 
 # A run may be continued with other values of these.
 FREE = frozenset(
-    "out steps log_every sample_every save_every keep tensorboard require distributed "
-    "mesh_style mesh_data mesh_fsdp mesh_space debug_nans debug_profile reading".split()
+    "out steps remat log_every sample_every save_every keep tensorboard require "
+    "distributed compile_for mesh_style mesh_data mesh_fsdp mesh_space debug_nans "
+    "debug_profile reading".split()
 )
 
 
@@ -101,6 +108,11 @@ def parse(
                 f"--{flag} is {getattr(run, name)}; it must not be negative"
             )
     return options
+
+
+def working(module: Any, run: RunOptions) -> Any:
+    """A network that takes part in a step: computing as the run says."""
+    return module.clone(dtype=run.dtype, remat=run.remat)
 
 
 def with_out(options, name: str):

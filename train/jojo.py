@@ -47,7 +47,7 @@ from jaxstyle.invert import for_lpips
 from jaxstyle.masks import parse_mask, preserve_color_mask
 from jaxstyle.stylegan2 import Generator, style_vectors
 from train import optim, references, sharding
-from train.cli import RunOptions, Shared, parse, start, with_out
+from train.cli import RunOptions, Shared, parse, start, with_out, working
 from train.loop import check_folder, fit
 from train.state import TrainState, create_state
 
@@ -435,7 +435,7 @@ def load_judge(options: Options, model: Any, params: Any) -> tuple[Any, Any]:
             f"{model['generator'].size} px generator; use --perceptual lpips"
         )
     print(f"perceptual judge: discriminator of {options.weights} (the published one)")
-    return judge.clone(dtype=options.run.dtype), params["discriminator"]
+    return working(judge, options.run), params["discriminator"]
 
 
 def read(args: list[str] | None) -> Options:
@@ -502,7 +502,7 @@ def main(args: list[str] | None = None) -> None:
     options = resolve(read(args))
     mesh = start(options.run)
     model, params = weights.load(options.weights)
-    generator = model["generator"].clone(dtype=options.run.dtype)
+    generator = working(model["generator"], options.run)
     base = params["generator"]
     keep = keep_weights(options, generator.size)
     if options.preview_inversion:

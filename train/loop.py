@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxstyle import weights
 from jaxstyle.cache import release_memory
 from jaxstyle.errors import UserError
-from train import sharding
+from train import fits, sharding
 from train.checkpoint import Checkpoints
 from train.cli import FREE
 from train.log import Log, write_json
@@ -85,9 +85,19 @@ def fit(
     Raises:
       UserError: the folder belongs to another run; a metric or the state is not
         finite. The last good checkpoint stays.
-      SystemExit: SIGTERM or SIGINT came; the state was saved first.
+      SystemExit: SIGTERM or SIGINT came, and the state was saved first; or
+        `run.compile_for` only asked what the steps need.
     """
     run = options.run
+    if run.compile_for:
+        batch = {} if batches is None else next(batches)
+
+        def entry(index, mesh, layout, frozen_layout):
+            return _jit(schedule[index][1], index, layout, frozen_layout, mesh)
+
+        every = [interval for interval, _ in schedule]
+        fits.report(run, entry, state, frozen, every, batch, rules)
+        raise SystemExit(0)
     folder = open_folder(options, networks, metadata, identity)
     layout = sharding.shardings(state, mesh, rules)
     state = sharding.place(state, layout)

@@ -38,7 +38,7 @@ from jaxstyle import weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.stylegan2 import Discriminator, Generator
 from train import data, loop, optim
-from train.cli import RunOptions, Shared, parse, start, with_out
+from train.cli import RunOptions, Shared, parse, start, with_out, working
 from train.sharding import check_batch, constrain, sample_keys, sample_normal
 from train.state import TrainState, create_state, update_ema
 
@@ -314,7 +314,6 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: neither weights nor a size, or both in conflict.
     """
-    dtype = options.run.dtype
     if not options.weights:
         if not options.size:
             raise UserError(
@@ -324,11 +323,11 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
         channels = options.channels or None
         shared = (options.size, options.channel_multiplier, channels)
         width = options.w_dim
-        generator = Generator(*shared, options.mapping_depth, width, width, dtype)
         networks = {
-            "generator": generator,
-            "discriminator": Discriminator(*shared, dtype=dtype),
+            "generator": Generator(*shared, options.mapping_depth, width, width),
+            "discriminator": Discriminator(*shared),
         }
+        networks = {n: working(m, options.run) for n, m in networks.items()}
         keys = jax.random.split(jax.random.key(options.run.seed), 2)
         params = {
             name: jax.jit(lambda key, m=network: m.init_params(key=key))(key)
@@ -336,7 +335,7 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
         }
         return networks, params
     model, params = weights.load(options.weights)
-    generator = model.generator.clone(dtype=dtype)
+    generator = model.generator
     size = generator.size
     if options.size not in (0, size):
         raise UserError(
@@ -344,14 +343,15 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
             "px; leave --size out"
         )
     if "discriminator" in model:
-        discriminator = model.discriminator.clone(dtype=dtype)
+        discriminator = model.discriminator
     else:
         print(f"{options.weights} hold no discriminator: a fresh one is trained")
         shape = (size, generator.channel_multiplier, generator.channels)
-        discriminator = Discriminator(*shape, dtype=dtype)
+        discriminator = Discriminator(*shape)
         key = jax.random.key(options.run.seed)
         params["discriminator"] = discriminator.init_params(key=key)
     networks = {"generator": generator, "discriminator": discriminator}
+    networks = {n: working(m, options.run) for n, m in networks.items()}
     return networks, {name: params[name] for name in networks}
 
 
