@@ -22,8 +22,9 @@ each. An encoder from before the last row has joined (52,000 at 1024 px) reads w
 up to its rows; the others' offsets are untrained.
 
 `--restyle 5` trains ReStyle's e4e (arXiv 2104.02699), with `--encoder-blocks resnet`
-its version for things that are no faces. `--resume` goes on from a checkpoint of the
-original's training (`--save_training_data`), converted: same step and optimisers.
+its version for things that are no faces; its published code shows the critic offsets
+without the average code, this one the codes. `--resume` goes on from a checkpoint of
+the original's training (`--save_training_data`), converted: same step and optimisers.
 """
 
 import dataclasses

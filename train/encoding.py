@@ -29,6 +29,7 @@ from jaxstyle.features.resnet import ResNet
 from jaxstyle.invert import for_lpips
 from jaxstyle.stylegan2 import Generator
 from train import data, loop, optim, resume, sharding, transforms
+from train.cli import working
 from train.state import TrainState
 
 # pSp's face region, in a picture of 256 px.
@@ -453,7 +454,7 @@ def make_networks(
       UserError: an encoder of another kind or size than asked for.
     """
     model, params = weights.load(options.weights)
-    generator = model["generator"].clone(dtype=run.dtype)
+    generator = working(model["generator"], run)
     params = {"generator": params["generator"]} | {
         k: v for k, v in params.items() if k == "encoder"
     }
@@ -479,11 +480,18 @@ def make_networks(
         for name in ("num_styles", "in_channels", "w_dim"):
             got, asked = getattr(encoder, name), getattr(fresh, name)
             if got != asked:
-                raise UserError(f"the encoder of {where} has {name} {got}, not {asked}")
+                hint = {
+                    "num_styles": "it belongs to a generator of another size",
+                    "in_channels": "see --task, --classes, --restyle",
+                    "w_dim": "it belongs to another generator",
+                }[name]
+                raise UserError(
+                    f"the encoder of {where} has {name} {got}, not {asked}: {hint}"
+                )
         if type(encoder) is not type(fresh):
             raise UserError(
                 f"{where} holds a {type(encoder).__name__}; this training is of a "
-                f"{type(fresh).__name__}: give another --start"
+                f"{type(fresh).__name__}: see --encoder, or give another --start"
             )
         print(f"encoder: goes on from {where}")
         if encoder.start_from_w_avg != fresh.start_from_w_avg:

@@ -200,11 +200,13 @@ def test_run_adds_rows_one_by_one(base, faces, tmp_path, quick_compile):
 @pytest.mark.slow  # a minute of compiling
 def test_restyle_and_continuing(base, faces, tmp_path, quick_compile):
     flags = ["--data", faces, "--id-lambda", 0, "--restyle", 2]
+    flags += ["--encoder-blocks", "resnet"]
     whole = train(base, tmp_path / "whole", *flags)
     train(base, tmp_path / "parts", *flags, "--steps", 2)
     parts = train(base, tmp_path / "parts", *flags)
     assert parts[-1]["loss"] == whole[-1]["loss"]
-    assert weights.load(tmp_path / "parts")[0].encoder.level_rows == ()
+    encoder = weights.load(tmp_path / "parts")[0].encoder
+    assert encoder.level_rows == () and encoder.blocks == "resnet"
 
 
 @pytest.mark.slow  # half a minute of compiling
