@@ -4,7 +4,6 @@
 saved with its training data (e4e's `--save_training_data`). pSp's files have none.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +41,7 @@ def resume(state: TrainState, folder: str, optimizer: str, steps: int) -> TrainS
             "ReStyle's checkpoints of --save_training_data do: give --first-step "
             "instead, with new optimisers"
         )
-    with np.load(os.fspath(path)) as arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
         names = arrays.files
         kind = "ranger" if any("/slow/" in name for name in names) else "adam"
         if kind != optimizer:
