@@ -138,8 +138,9 @@ class Options:
     sample_psi: float = 0.7
     """Truncation of the sample grids and of the fixed pictures."""
     validate_every: int = 0
-    """Steps between measures of the loss on fixed codes (`val_loss`); the best state
-    is kept in OUT/best. 0: only at the end."""
+    """Steps between measures on fixed codes, `val_loss` and `val_diversity` (a share of
+    the base's); the state with the lowest loss is kept in OUT/best. 0: only at the
+    end."""
     validate_count: int = 16
     """Fixed codes."""
     run: Shared = RunOptions(
@@ -421,14 +422,29 @@ def make_sample(options: Options, generator: Generator):
 
 
 def make_validate(options: Options, generator: Generator, modules: Sequence[Any]):
-    """The loss on fixed codes, by which the best state is kept."""
+    """The loss on fixed codes, and how different from each other their pictures are.
+
+    `val_loss` chooses the best state; `val_diversity` is a share of the base's, and
+    falls when all pictures become one.
+    """
+
+    def spread(clip, pictures):
+        """Mean 1 - cosine of two different pictures, over all models."""
+        count = pictures.shape[0]
+        total = 0.0
+        for i, module in enumerate(modules):
+            seen = judge_fn(options, module)(clip[str(i)], pictures)
+            mean = jnp.sum(jnp.square(jnp.sum(seen, 0)))
+            total += 1 - (mean - count) / max(count * (count - 1), 1)
+        return total
 
     @jax.jit
-    def value(params, frozen):
+    def measure(params, frozen):
         z = frozen["z"][: options.validate_count]
         apply = partial(generator.apply, psi=options.sample_psi)
         source, out = apply({"params": frozen["base"]}, z)
-        return loss_fn(
+        target, _ = apply({"params": params}, z)
+        loss, _ = loss_fn(
             params["synthesis"],
             frozen,
             source,
@@ -438,10 +454,13 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
             modules=modules,
             noise="const",
             patch_key=jax.random.key(0),
-        )[0]
+        )
+        spreads = (spread(frozen["clip"], x) for x in (target, source))
+        return {"val_loss": loss, "val_diversity": next(spreads) / next(spreads)}
 
     def validate(state: TrainState, frozen: Any) -> dict[str, float]:
-        return {"val_loss": float(value(state.params["generator"], frozen))}
+        values = measure(state.params["generator"], frozen)
+        return {name: float(value) for name, value in values.items()}
 
     return validate
 

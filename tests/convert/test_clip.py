@@ -172,6 +172,20 @@ print(tokenize(load_tokenizer(judge.vocabulary), ["a photo"], CLIP()).tolist())
     assert (done.stdout, done.stderr) == ("[[49406, 320, 1125, 49407]]\n", "")
 
 
+def test_real_weights_know_colours():
+    """A picture of one colour is nearest to its name."""
+    source = os.environ.get("JAXSTYLE_TEST_CLIP")
+    if not source:
+        pytest.skip("JAXSTYLE_TEST_CLIP names no CLIP weights (a file, folder or name)")
+    judge = load_clip(source)
+    colours = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
+    pictures = np.stack([np.full((64, 64, 3), c, np.float32) for c in colours.values()])
+    texts = judge.encode_texts([f"a plain {name} picture" for name in colours])
+    seen = judge.module.apply({"params": judge.params}, pictures, method="embed")
+    assert np.argmax(seen @ texts.T, 1).tolist() == [0, 1, 2]
+    assert np.argmax(texts @ seen.T, 1).tolist() == [0, 1, 2]
+
+
 def test_hub_ids_through_the_cache(tmp_path, monkeypatch):
     import huggingface_hub
 

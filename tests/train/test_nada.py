@@ -272,6 +272,7 @@ def test_a_run_from_the_command_line(base, tmp_path, capsys):
     assert [m["step"] for m in metrics] == [1, 2, 3]
     # 4 of 6 rows.
     assert all(sum(v for k, v in m.items() if "trains/" in k) == 4 for m in metrics)
+    assert 0 < metrics[-1]["val_diversity"] < 3
     assert "val_loss" in metrics[-1] and (out / "best").exists()
     capsys.readouterr()
     _, before = weights.load(base[1])
