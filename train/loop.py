@@ -77,7 +77,8 @@ def fit(
       rules: layouts by path; they must cover everything.
       validate: (every, function): a function (state, frozen) -> {name: float} with
         `val_loss` among the names. The state with the lowest is kept in OUT/best, a
-        folder that loads like the run; every 0 validates at the end alone.
+        folder that loads like the run; every 0 validates at the end alone. A
+        `finished` among the names that is true makes that iteration the run's last.
 
     Returns:
       The last state, on the mesh.
@@ -171,6 +172,9 @@ def fit(
                 if values["val_loss"] < latest.get("best_val_loss", math.inf):
                     values |= {"best_val_loss": values["val_loss"], "best_step": done}
                     _keep_best(folder, done, state, values, networks, metadata)
+                if values.pop("finished", False) and not last:
+                    last = logs = saves = True
+                    latest |= _checked(*pending, checkpoints, folder) if pending else {}
                 latest |= values
                 log.say(f"step {done}: validation loss {values['val_loss']:.4f}")
             if logs:
@@ -185,6 +189,8 @@ def fit(
             if stop and not last:
                 checkpoints.wait()
                 _leave(caught, done, folder, log)
+            if last:
+                break
         checkpoints.wait()
         step = int(state.step)
         if jax.process_index() == 0 and not (folder / "summary.json").exists():

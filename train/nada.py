@@ -143,6 +143,11 @@ class Options:
     end."""
     validate_count: int = 16
     """Fixed codes."""
+    stop_score: float = 0.0
+    """Stop when the fixed pictures' mean cosine with --target (`val_score`) reaches
+    this; 0: never."""
+    stop_diversity: float = 0.0
+    """Stop when `val_diversity` falls below this; 0: never."""
     run: Shared = RunOptions(
         steps=300, batch=2, log_every=10, sample_every=50, save_every=50, keep=0
     )
@@ -428,15 +433,17 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
     falls when all pictures become one.
     """
 
-    def spread(clip, pictures):
-        """Mean 1 - cosine of two different pictures, over all models."""
-        count = pictures.shape[0]
-        total = 0.0
-        for i, module in enumerate(modules):
-            seen = judge_fn(options, module)(clip[str(i)], pictures)
-            mean = jnp.sum(jnp.square(jnp.sum(seen, 0)))
-            total += 1 - (mean - count) / max(count * (count - 1), 1)
-        return total
+    def embeddings(clip, pictures):
+        return [
+            judge_fn(options, module)(clip[str(i)], pictures)
+            for i, module in enumerate(modules)
+        ]
+
+    def spread(seen):
+        """Sum over the models of the mean 1 - cosine of two different pictures."""
+        count = seen[0].shape[0]
+        sums = [jnp.sum(jnp.square(jnp.sum(x, 0))) for x in seen]
+        return sum(1 - (x - count) / (count * (count - 1)) for x in sums)
 
     @jax.jit
     def measure(params, frozen):
@@ -444,6 +451,7 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
         apply = partial(generator.apply, psi=options.sample_psi)
         source, out = apply({"params": frozen["base"]}, z)
         target, _ = apply({"params": params}, z)
+        seen = embeddings(frozen["clip"], target)
         loss, _ = loss_fn(
             params["synthesis"],
             frozen,
@@ -455,12 +463,23 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
             noise="const",
             patch_key=jax.random.key(0),
         )
-        spreads = (spread(frozen["clip"], x) for x in (target, source))
-        return {"val_loss": loss, "val_diversity": next(spreads) / next(spreads)}
+        ratio = spread(seen) / spread(embeddings(frozen["clip"], source))
+        values = {"val_loss": loss, "val_diversity": ratio}
+        if options.target:
+            texts = [frozen["anchors"][str(i)]["class"] for i in range(len(modules))]
+            scores = [
+                1 - nada_losses.to_text(*x) for x in zip(seen, texts, strict=True)
+            ]
+            values["val_score"] = jnp.mean(jnp.stack(scores))
+        return values
 
     def validate(state: TrainState, frozen: Any) -> dict[str, float]:
         values = measure(state.params["generator"], frozen)
-        return {name: float(value) for name, value in values.items()}
+        values = {name: float(value) for name, value in values.items()}
+        score = options.stop_score and values["val_score"] >= options.stop_score
+        return values | {
+            "finished": score or values["val_diversity"] < options.stop_diversity
+        }
 
     return validate
 
@@ -511,13 +530,21 @@ def resolve(options: Options, size: int) -> Options:
         ("--choose-steps", options.choose_steps, 0, 1000),
         ("--choose-batch", options.choose_batch, 1, 1 << 16),
         ("--ref-batch", options.ref_batch, 1, 1 << 16),
-        ("--validate-count", options.validate_count, 1, 1 << 16),
+        ("--validate-count", options.validate_count, 2, 1 << 16),
         ("--mixing", options.mixing, 0, 1),
     ):
         if not low <= value <= high:
             raise UserError(
                 f"{flag} is {value}; it must be from {low} to {high} at {size} px"
             )
+    stops = options.stop_score or options.stop_diversity
+    if stops and not options.validate_every:
+        raise UserError(
+            "--stop-score and --stop-diversity look at fixed pictures: say how often, "
+            "e.g. --validate-every 10"
+        )
+    if options.stop_score and not options.target:
+        raise UserError("--stop-score compares with --target, which is not given")
     terms = dataclasses.asdict(options.terms)
     if not any(terms.values()):
         raise UserError("all --lambda-… are 0: there is nothing to learn from")

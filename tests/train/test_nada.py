@@ -322,7 +322,18 @@ def test_two_models_by_files_of_embeddings(base, tmp_path):
     assert abs(last["loss"] - wanted) < 1e-5
 
 
+def test_it_stops_by_itself(base, tmp_path):
+    flags = ["--source", "photo", "--target", "sketch", "--validate-every", "2"]
+    flags += ["--steps", "9", "--log-every", "4"]
+    metrics = command(base, tmp_path / "score", *flags, "--stop-score", "-2")
+    assert [m["step"] for m in metrics] == [2]
+    assert metrics[0]["val_score"] >= -1 and np.isfinite(metrics[0]["loss"])
+    assert (tmp_path / "score" / "checkpoints" / "2").exists()
+    assert (tmp_path / "score" / "summary.json").exists()
+
+
 MISTAKES = {
+    "--validate-every 10": ["--preset", "sketch", "--stop-score", "0.3"],
     "nothing says where to go": [],
     "go together": ["--source", "photo"],
     "--lambda-texture is refused": ["--preset", "sketch", "--lambda-texture", "1"],
