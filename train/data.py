@@ -416,6 +416,9 @@ class Batches:
         batch = next(self._iterator)
         self._done += 1
         self._report(batch.pop("broken"))
+        if self._reading.workers:
+            # Workers hand over shared memory, which must not outlive them.
+            batch = {name: np.array(value) for name, value in batch.items()}
         return batch
 
     def _start(self):
