@@ -4,6 +4,7 @@
     python -m jaxstyle.stylize me.jpg --weights runs/jojo-art --intensity 0.7 --grid
     python -m jaxstyle.stylize holiday/ --weights runs/jojo-art runs/jojo-oil
     python -m jaxstyle.stylize me.jpg --paste-back --out me_art.png
+    python -m jaxstyle.stylize me.jpg --weights weights/cartoon --style-id 53
 
 The face is cut out and turned upright, its code is found on the generator that the
 style was finetuned from, and the finetuned generator draws the code again. The code is
@@ -11,6 +12,9 @@ kept beside the result, so that another style or intensity of the same photo is 
 
 Intensities between 0 and 1 mix the features of both generators layer by layer, the mix
 being the input of both next layers (JoJoGAN, arXiv 2112.11641): not a cross-fade.
+
+Of a DualStyleGAN style one of its exemplars is chosen, and how much of its structure
+and of its color; the intensity is a factor of both.
 """
 
 import dataclasses
@@ -26,7 +30,7 @@ import tyro
 from etils import epath
 from jax import Array
 
-from jaxstyle import images, pipeline, weights
+from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.align import AlignOptions, paste_back, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
@@ -74,6 +78,9 @@ class Options:
     encoder: str = ""
     """Finds the photo's code: an encoder's folder, or `optimize`, which needs none.
     Empty: the encoder stored with the base if there is one, else optimize."""
+    dual: Annotated[dual_style.DualOptions, tyro.conf.OmitArgPrefixes] = (
+        dual_style.DualOptions()
+    )
     search: Annotated[Search, tyro.conf.OmitArgPrefixes] = DEFAULT_SEARCH
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
 
@@ -89,6 +96,7 @@ class Style:
       base: of the generator it started from.
       base_name: name or path of that one.
       reference: the aligned picture the style was learned from, if the run kept it.
+      exemplar: of a DualStyleGAN, whose generator stays as it is.
     """
 
     name: str
@@ -97,6 +105,7 @@ class Style:
     base: Params
     base_name: str
     reference: Any = None
+    exemplar: dual_style.Exemplar | None = None
 
 
 def load_styles(
@@ -106,6 +115,7 @@ def load_styles(
     style: str | None = None,
     base: str = "",
     own_base: bool = False,
+    dual: dual_style.DualOptions | None = None,
 ) -> list[Style]:
     """Finetuned generators, each with its base.
 
@@ -115,13 +125,21 @@ def load_styles(
       style: one style of a run that learned several.
       base: instead of the base that the folders name.
       own_base: a folder that names none is its own base, instead of an error.
+      dual: which exemplars of a DualStyleGAN's folder; None takes such a folder for
+        its generator.
 
     Raises:
-      UserError: a folder that names no base, or one of another architecture.
+      UserError: a folder that names no base, or one of another architecture; exemplars
+        for a folder that has none.
     """
     bases: dict[str, tuple[Generator, Params]] = {}
     styles = []
     for name in names:
+        if dual is not None and dual_style.is_dual(name):
+            styles += dual_styles(name, dual)
+            continue
+        if dual is not None and dual.style_id:
+            raise UserError(f"--style-id is given, but {name} is no DualStyleGAN style")
         metadata = weights.read_config(name)["metadata"]
         base_name = base or metadata.get("base") or (name if own_base else "")
         if not base_name:
@@ -155,6 +173,22 @@ def load_styles(
     return [
         s if labels.count(s.name) == 1 else dataclasses.replace(s, name=f"{s.name}-{i}")
         for i, s in enumerate(styles)
+    ]
+
+
+def dual_styles(name: str, options: dual_style.DualOptions) -> list[Style]:
+    """The chosen exemplars of a DualStyleGAN's folder, which is its own base."""
+    generator, params, exemplars = dual_style.load(name, options)
+    return [
+        Style(
+            name=f"{Path(name).name}-{label}",
+            generator=generator,
+            params=params,
+            base=params,
+            base_name=name,
+            exemplar=exemplar,
+        )
+        for label, exemplar in exemplars.items()
     ]
 
 
@@ -232,6 +266,21 @@ def stylize(
     """
     share = layer_shares(style.generator, intensity, layers)
     keys = pipeline.seed_keys([seed], 1)
+    if style.exemplar and intensity:
+        if layers != "all":
+            raise UserError(
+                f"--layers is {layers!r}; the rows of an exemplar are chosen with "
+                "--style-weights"
+            )
+        return dual_style.picture(
+            style.exemplar,
+            style.generator,
+            style.base,
+            code,
+            intensity=intensity,
+            noise=noise,
+            key=keys,
+        )
     if np.all(share == 1) or not np.any(share):
         # One generator is half the work of two.
         params = style.params if np.any(share) else style.base
@@ -427,7 +476,11 @@ def main(args: list[str] | None = None) -> None:
     photos = images.image_files(options.photo)
     names = options.weights or (pipeline.newest_run(),)
     styles = load_styles(
-        names, step=options.step, style=options.style, base=options.base
+        names,
+        step=options.step,
+        style=options.style,
+        base=options.base,
+        dual=options.dual,
     )
     for style in styles:
         layer_shares(style.generator, options.intensity, options.layers)
