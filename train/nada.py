@@ -374,7 +374,6 @@ def frozen_of(
     found = [anchors_of(options, generator, base, judge) for judge in judges]
     key = jax.random.fold_in(jax.random.key(options.run.seed), 1)
     shape = max(options.validate_count, GRID), generator.z_dim
-    # Parameters of the text towers stay on the host.
     return {
         "base": base,
         "clip": {
@@ -618,6 +617,8 @@ def main(args: list[str] | None = None) -> None:
     check_folder(options, metadata, identity)
     frozen = frozen_of(options, generator, base, judges)
     modules = [judge.module for judge in judges]
+    # Text towers and whatever else was loaded are not to stay in the device's memory.
+    del judges, params
     tx = optimizer(options)
     fit(
         options,
