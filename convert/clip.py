@@ -562,7 +562,8 @@ def _named(name: str, download: bool) -> str | os.PathLike:
         why = f": {one_line(failures[0], 200)}" if failures else ""
         raise UserError(
             f"CLIP {name!r}: {repository} is not in the local cache of Hugging Face; "
-            f"--download fetches it, where there is a network{why}"
+            "--download fetches it where there is a network, or give a file: OpenAI's "
+            f"ViT-B-32.pt, or a model.safetensors with its config.json{why}"
         )
     for file in ("config.json", "open_clip_config.json", *TOKENIZER, *_EXTRA):
         get(file)
