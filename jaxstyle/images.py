@@ -1,6 +1,7 @@
 """Pictures in and out: files, 8-bit pictures and arrays, grids, animations.
 
-This is the only place where pictures are 8 bit. Everywhere else a picture is a float32
+This is the only place where pictures are 8 bit, but for the rounding that pSp's low
+resolution asks for (`inputs.shrink`). Everywhere else a picture is a float32
 array [height, width, 3] (a batch: [batch, height, width, 3]) with values in [-1, 1].
 """
 
