@@ -116,6 +116,25 @@ def test_gradients(name):
         assert_near(a, e, max(9 * LAYERS[name][0], weights[..., 0].size), 25)
 
 
+@pytest.mark.parametrize("name", ["conv_512", "up_256"])
+def test_bfloat16_gradient(name):
+    """By the input; a CPU has no transposed product of bfloat16 for the weight's."""
+    up, args = LAYERS[name][2], arguments(name, 1, 2, jnp.bfloat16)
+    # An argument: XLA:CPU would leave out the rounding of one that it computes itself.
+    g = normal(5, *jax.eval_shape(specified(up), *args).shape, dtype=jnp.bfloat16)
+
+    def pulled(layer):
+        def pull(g, *args):
+            y, back = jax.vjp(lambda x: layer(x, *args[1:]), args[0])
+            return back(g.astype(y.dtype))[0]
+
+        return jax.jit(pull)(g, *args)
+
+    got = pulled(by_kernels(up))
+    assert got.dtype == jnp.bfloat16
+    assert_near(got, pulled(specified(up)), 9 * LAYERS[name][1], 25)
+
+
 @pytest.mark.parametrize("name", ["conv_512", "up_1024"])
 def test_second_derivatives(name):
     """The gradient of the gradient's norm, as path length and R1 need."""
@@ -131,7 +150,7 @@ def test_second_derivatives(name):
         for f in (by_kernels(up), specified(up))
     )
     for a, e in zip(ours, expected, strict=True):
-        assert_near(a, e, max(9 * LAYERS[name][0], weights[..., 0].size), 100)
+        assert_near(a, e, max(9 * LAYERS[name][0], weights[..., 0].size), 25)
 
 
 def test_vmap():
@@ -149,14 +168,20 @@ def test_vmap():
         assert_near(a, e, 9 * 64, 25)
 
 
-@pytest.mark.parametrize("name", ["conv_512", "up_256"])
-def test_no_races(name, capsys):
-    """Of the kernel's own writes and of its blocks' transfers."""
-    up, args = LAYERS[name][2], arguments(name, 1, 4, jnp.bfloat16)
+@pytest.mark.parametrize(("name", "height"), [("conv_512", 3), ("up_256", 2)])
+def test_no_races(name, height, capsys):
+    """Of both kernels' own writes and of their blocks' transfers, backward too."""
+    up, args = LAYERS[name][2], arguments(name, 1, height)
     params = pltpu.InterpretParams(detect_races=True)
-    y = jax.jit(by_kernels(up, params))(*args)
-    assert_near(y, specified(up)(*args), 9 * LAYERS[name][0])
-    y.block_until_ready()
+    weights = normal(5, *jax.eval_shape(specified(up), *args).shape)
+
+    def both(layer):
+        return jax.jit(jax.value_and_grad(scalar(layer, weights), range(5)))(*args)
+
+    got, want = both(by_kernels(up, params)), both(specified(up))
+    for a, e in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        assert_near(a, e, max(9 * LAYERS[name][0], weights[..., 0].size), 25)
+    jax.block_until_ready(got)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
