@@ -8,8 +8,8 @@ and adds an extrinsic path that takes the code of an artistic portrait, the exem
 - *color*, rows 7 and on: each row has a linear map T_c, and its layers read
   `a T_c(exemplar) + (1 - a) intrinsic`.
 
-Each row has a weight `a` (eq. 2 of the paper leaves them at 1): 0 everywhere is the
-plain generator. `DualStyleGAN` owns the extrinsic path alone. The base generator is an
+Each row has a weight `a`: 0 everywhere is the plain generator. `DualStyleGAN` owns the
+extrinsic path alone. The base generator is an
 argument, so that one tree serves any number of styles, and what trains is what the
 module holds.
 

@@ -3,7 +3,7 @@
 Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (arXiv
 2006.06676): each transform below is applied to a picture with probability p, to real
 ones and to generated ones alike, and p follows how sure the discriminator is of real
-pictures (sections 2.2 and 3.1, appendix B). Geometry and colour, the two groups of the
+pictures (section 3, appendix B). Geometry and colour, the two groups of the
 common PyTorch version that DualStyleGAN finetunes with; no filtering, no cutout.
 
 `VARIANTS` differ in the geometry: `published` is that PyTorch version as DualStyleGAN

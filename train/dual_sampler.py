@@ -1,8 +1,8 @@
 """DualStyleGAN: a sampler of new exemplar codes.
 
-Yang et al., "Pastiche Master" (arXiv 2203.13248), section 3.4, by GLANN's matching
-(Hoshen et al., arXiv 1812.08985; IMLE, Li and Malik, arXiv 1809.09087). Two networks N,
-one for the structure rows of the codes c and one for the color rows. An epoch:
+Yang et al., "Pastiche Master" (arXiv 2203.13248), by GLANN's matching (Hoshen et al.,
+arXiv 1812.08985; IMLE, Li and Malik, arXiv 1809.09087). Two networks N, one for the
+structure rows of the codes c and one for the color rows. An epoch:
 
     draw    noise e_1 .. e_2m, and N(e) with batch statistics
     match   each code with the nearest N(e), exactly
@@ -16,8 +16,8 @@ once (the published code then has no data at all).
     python -m train.dual_sampler --weights weights/cartoon
     python -m train.dual_sampler --weights weights/cartoon --out runs/sampler
 
-An iteration is an epoch; 500 take a few minutes on two CPU cores. The losses fall
-quickly at first and flatten out: they measure how well the data are covered.
+An iteration is an epoch, about half a second of work for a CPU at full size. The losses
+fall quickly at first and flatten out: they say how well the data are covered.
 """
 
 import dataclasses
