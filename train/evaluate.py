@@ -145,8 +145,8 @@ class Options:
     """More options for every training, for example "--dtype bfloat16"."""
     sweep: Literal["", "id-lambda"] = ""
     """Option of train.jojo to try several values of, beside the methods."""
-    sweep_values: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 1.0)
-    """Its values."""
+    sweep_values: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    """Its values; 0 is always among them."""
     identity_net: str = ""
     """Identity network that measures; empty: as in train.jojo."""
     seed: int = 0
@@ -467,9 +467,9 @@ def means(records: Sequence[Mapping]) -> list[dict]:
 
 
 def swept(options: Options) -> dict[float, str]:
-    """Name of the method for each value of the sweep; value 0 is `default`."""
-    values = dict.fromkeys((0.0, *options.sweep_values)) if options.sweep else ()
-    return {v: f"{options.sweep} {v:g}" if v else "default" for v in values}
+    """Name of the method for each value of the sweep."""
+    values = (0.0, *options.sweep_values) if options.sweep else ()
+    return {value: f"{options.sweep} {value:g}" for value in values}
 
 
 def best_value(rows: Mapping[float, Mapping]) -> float:
@@ -539,8 +539,7 @@ def evaluate(options: Options) -> list[dict]:
     methods = {n: METHODS[n] for n in _chosen(options.methods, METHODS, "--methods")}
     values = swept(options)
     for value, name in values.items():
-        flags = (f"--{options.sweep}", str(value)) if value else ()
-        methods[name] = Method((*DEFAULTS, *flags))
+        methods[name] = Method((*DEFAULTS, f"--{options.sweep}", str(value)))
     options.out.mkdir(parents=True, exist_ok=True)
     generator, base = pipeline.load_generator(options.weights)
     _, judge = weights.load("lpips_alexnet")

@@ -11,7 +11,7 @@ from jaxstyle.errors import UserError
 from jaxstyle.features import judges
 from jaxstyle.features.identity import ArcFace
 from tests import small_models
-from train import evaluate
+from train import evaluate, jojo
 
 
 def faces(n, size=32, seed=0):
@@ -73,10 +73,25 @@ def test_the_best_value_of_a_sweep_costs_little_lpips():
     assert lines[4] == "| 0.3 | 0.420 | 90% | 0.60 | 0.50 | 1.050 | best |"
     assert evaluate.swept(evaluate.Options()) == {}
     options = evaluate.Options(sweep="id-lambda", sweep_values=(0.5,))
-    assert evaluate.swept(options) == {0.0: "default", 0.5: "id-lambda 0.5"}
+    assert evaluate.swept(options) == {0.0: "id-lambda 0", 0.5: "id-lambda 0.5"}
 
 
-def test_a_small_table(tmp_path, capsys):
+def test_costs_of_a_command():
+    seconds, memory = evaluate._run(["-c", "print(bytes(60_000_000)[0])"])
+    assert 0 < seconds < 60 and 60 < memory < 1000
+    with pytest.raises(UserError, match="python -c 1/0.*failed"):
+        evaluate._run(["-c", "1/0"])
+
+
+def train_here(command):
+    """Instead of a process of its own, which would compile everything again."""
+    assert command[:2] == ["-m", "train.jojo"]
+    jojo.main(command[2:])
+    return 1.5, 200.0
+
+
+def test_a_small_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "_run", train_here)
     base = small_models.save_base(tmp_path / "base")
     for i, kind in enumerate(("photo", "cel")):
         (tmp_path / "heads" / kind).mkdir(parents=True)
@@ -105,11 +120,12 @@ def test_a_small_table(tmp_path, capsys):
         < by_name["cel", "default"]["lpips"]
         != by_name["cel", "default-half"]["lpips"]
     )
-    assert by_name["cel", "default"]["memory"] > 100
+    assert by_name["cel", "default"]["memory"] == 200
+    assert by_name["cel", "default"]["lpips"] == by_name["cel", "id-lambda 0"]["lpips"]
     assert by_name["cel", "inversion"]["cosine"] == pytest.approx(1, abs=1e-5)
     assert by_name["mean", "id-lambda 0.5"]["cosine"] < 1
     width, height = images.open_image(tmp_path / "out/sheet.jpg").size
-    assert width > 8 * 16 and height < 3 * 16
+    assert width > 9 * 16 and height < 3 * 16
     assert (tmp_path / "grid.jpg").read_bytes() == (
         tmp_path / "out/sheet.jpg"
     ).read_bytes()
