@@ -116,7 +116,9 @@ def load(files: Sequence[str | os.PathLike]) -> convert.Loaded:
             if new in networks:
                 raise UserError(f"{path}: {new} is in another file already")
             networks[new], params[new] = found[name], values[name]
-        for part in ("read", "ignored", "notes"):
+        # What an encoder's file lacks, the style has.
+        parts = ("read", "ignored", "notes", *(["missing"] if "dual" in found else []))
+        for part in parts:
             getattr(report, part).extend(
                 f"{path.name}: {t}" for t in getattr(told, part)
             )

@@ -143,6 +143,7 @@ def test_a_style_becomes_one_folder(checkpoint, tmp_path, capsys):
     for line in (
         "generator.pt: dual: 7 residual blocks, T_s of 2 layers, 1 color transforms",
         "T_s of g_ema is untrained",
+        "generator.pt: no average latent: estimated",
         "encoder.pt: generator: the style has its own",
         "notes.txt: not of the files of a style",
         "generator-001400.pt: not of the files of a style",
