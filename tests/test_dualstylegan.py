@@ -407,10 +407,10 @@ def test_dilation_and_gradients(small):
     networks, params = small
     z, style = jax.random.normal(jax.random.key(2), (2, 1, 8))
 
-    def picture(path, shares, **options):
+    def picture(path, shares, remat=False, **options):
         return networks["dual"].apply(
             {"params": path},
-            networks["generator"],
+            networks["generator"].clone(remat=remat),
             params["generator"],
             z,
             style,
@@ -420,10 +420,10 @@ def test_dilation_and_gradients(small):
             **options,
         )[0]
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="remat")
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss(path, shares):
-        image = picture(path, shares)
+    def loss(path, shares, remat=False):
+        image = picture(path, shares, remat)
         return jnp.sum(jnp.square(image)), image
 
     for share, reached in ((1.0, True), (0.0, False)):
@@ -434,6 +434,9 @@ def test_dilation_and_gradients(small):
         assert set(moved) == set(params["dual"])
         assert set(moved.values()) == {reached}
         if reached:
+            _, again = loss(params["dual"], share, remat=True)
+            errors = jax.tree.map(rms_error, again, grads)
+            assert max(jax.tree.leaves(errors)) < 1e-4
             run = jax.jit(functools.partial(picture, dilation=(1, 4, 4, 2, 2, 1, 1)))
             assert 1e-3 < rms_error(run(params["dual"], share), image) < 2
 
