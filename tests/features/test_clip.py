@@ -1,6 +1,7 @@
 """CLIP's towers, preparation of pictures and tokens, against the original's values."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,29 @@ from jaxstyle import weights
 from jaxstyle.errors import UserError
 from jaxstyle.features import clip, clip_text
 from jaxstyle.features.clip import CLIP
-from tests.clip_models import SMALL, golden_clip, small_params, test_image
+from tests.clip_models import (
+    SMALL,
+    golden_clip,
+    small_config,
+    small_params,
+    small_state,
+    test_image,
+    write_safetensors,
+)
 from tests.filled import GOLDEN, draw, golden, nhwc, relative_error
+
+# ViT-L/14.
+LARGE = {
+    "patch_size": 14,
+    "vision_width": 1024,
+    "vision_layers": 24,
+    "vision_heads": 16,
+    "vision_mlp": 4096,
+    "text_width": 768,
+    "text_heads": 12,
+    "text_mlp": 3072,
+    "embed_dim": 768,
+}
 
 
 def tokens():
@@ -67,6 +89,47 @@ def test_equals_the_original(name):
             ("pooled_probe", out["pooled"][:, :16]),
         ):
             assert relative_error(got, expected[f"{tower}_{probe}"]) < 5e-6
+
+
+def test_other_configs_equal_transformers(tmp_path):
+    """Exact and tanh gelu, other epsilons, an end token that is not the largest.
+
+    `clip_small_hf` holds what CLIPModel of transformers 5.23 gives in float64.
+    """
+    config, expected = small_config(), golden("clip_small_hf")
+    config["vision_config"] |= {"hidden_act": "gelu", "layer_norm_eps": 1e-3}
+    config["text_config"] |= {"hidden_act": "gelu_new", "layer_norm_eps": 1e-2}
+    config["text_config"] |= {"eos_token_id": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_safetensors(tmp_path / "model.safetensors", small_state())
+    judge = names.load_clip(tmp_path)
+    pixels = nhwc(draw("clip", "input:small", (3, 3, 32, 32)))
+
+    @jax.jit
+    def run(params, pixels, ids):
+        apply = partial(judge.module.apply, {"params": params})
+        image = apply(pixels, method="encode_image")
+        return image, apply(ids, method="encode_text"), apply(pixels, ids)
+
+    got = run(judge.params, pixels, expected["ids"])
+    for value, name in zip(got, ("image_embeds", "text_embeds"), strict=False):
+        assert relative_error(value, expected[name]) < 5e-6
+    assert relative_error(got[2], expected["logits_per_image"]) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "count, fields",
+    [
+        (151_277_313, {}),
+        (149_620_737, {"patch_size": 16}),
+        (427_616_513, LARGE),
+        (427_944_193, LARGE | {"image_size": 336}),
+    ],
+)
+def test_sizes_of_the_published_models(count, fields):
+    module = CLIP(**fields)
+    shapes = jax.eval_shape(lambda: module.init_params(key=jax.random.key(0)))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
 def cases():
