@@ -1,6 +1,7 @@
 """Files of named arrays that are no pickles: safetensors and Flax's msgpack."""
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +34,7 @@ def container(data: memoryview) -> str | None:
     if head[8:] == b"{" and struct.unpack_from("<Q", data)[0] <= _LARGEST_HEADER:
         return "safetensors"
     # A dict that is not empty, its first key a text.
-    if 0x81 <= head[0] <= 0x8F and (0xA1 <= head[1] <= 0xBF or head[1] == 0xD9):
+    if re.match(rb"[\x81-\x8f][\xa1-\xbf\xd9]", head):
         return "msgpack"
     return None
 

@@ -289,6 +289,7 @@ def damaged_files(folder):
     yield "deep.msgpack", b"\x81\xa1a" * 5000
     yield "numbers.msgpack", b"\x81\xa1a\x01"
     yield "objects.msgpack", b"\x81\xa1a\xc7\x05\x01\x93\x90\xa1O\xc4\x00"
+    yield "byte.msgpack", b"\x85"
     yield "cut.pt", script[: len(script) // 2]
 
 
