@@ -683,7 +683,7 @@ def make_transform(kind: str, **arguments: Any) -> data.Transform:
 def preview_of(source: Any, transform: data.Transform) -> dict[str, Array]:
     """The first pictures of a source, as a batch for the sample grids."""
     items = [
-        transform(source[i], np.random.default_rng(i))
+        data.first_readable(source, i, transform, i)[0]
         for i in range(min(PREVIEW, len(source)))
     ]
     return {k: jnp.stack([item[k] for item in items]) for k in items[0]}

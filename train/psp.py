@@ -232,6 +232,11 @@ def resolve(options: Options) -> Options:
         raise UserError("--space is z_plus; that needs --encoder gradual or w_plus")
     if common.restyle and options.encoder != "gradual":
         raise UserError("--restyle refines rows; it needs --encoder gradual")
+    if common.restyle and channels_of(options) != 3:
+        raise UserError(
+            f"--restyle compares its inputs with pictures; {inputs_of(options)} have "
+            f"{channels_of(options)} channels: leave it out"
+        )
     encoding.check(common)
     faces = {"id", "lpips_crop", "l2_crop"} & {
         k for k, v in lambdas_of(options).items() if v
@@ -285,6 +290,7 @@ def train(options: Options, mesh: Any) -> TrainState:
     run, common, kind = options.run, options.common, inputs_of(options)
     sharding.check_batch(run.batch, mesh)
     metadata = {"scheme": "psp", "task": options.task, "space": options.space}
+    metadata["inputs"] = kind
     setup, params, frozen = make_setup(options)
     optimizers = encoding.make_optimizers(common)
     make = functools.partial(

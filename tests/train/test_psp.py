@@ -485,6 +485,7 @@ def test_trunk_starts_from_arcface(base, tmp_path, monkeypatch, capsys):
         ("--first-step 9", "from 0 to below --steps"),
         ("--resume", "holds no training data"),
         ("--restyle 2 --no-start-from-w-avg", "begins at the average code"),
+        ("--restyle 2 --inputs sketch", "sketch have 1 channels: leave it out"),
         ("--trunk-net lpips_alexnet --id-lambda 0", "has other shapes"),
         ("--data generated --inputs sketch", "their own inputs"),
         ("--identity-net lpips_alexnet", "must hold a network named 'identity'"),
