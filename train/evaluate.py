@@ -40,9 +40,9 @@ OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they s
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -304,6 +304,19 @@ def invert_photos(options: Options, generator, params, photos) -> dict:
         return {"w_plus": file["w_plus"], "seconds": float(file["seconds"])}
 
 
+# A small process between us and the one that is measured, whose peak would otherwise
+# begin at what we hold ourselves.
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen([sys.executable, *sys.argv[2:]])
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+with open(sys.argv[1], "w") as file:
+    file.write(str(usage.ru_maxrss))
+sys.exit(process.returncode != 0)
+"""
+
+
 def _run(command: Sequence[str]) -> tuple[float, float]:
     """Run Python; returns seconds and the peak memory in MB.
 
@@ -311,13 +324,13 @@ def _run(command: Sequence[str]) -> tuple[float, float]:
       UserError: it failed; it has said why.
     """
     begin = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"`python {' '.join(command)}` failed; see above")
+    with tempfile.NamedTemporaryFile() as file:
+        measured = [sys.executable, "-c", MEASURE, file.name, *command]
+        if subprocess.run(measured, check=False).returncode:
+            raise UserError(f"`python {' '.join(command)}` failed; see above")
+        peak = int(Path(file.name).read_text())
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return time.monotonic() - begin, usage.ru_maxrss / unit
+    return time.monotonic() - begin, peak / unit
 
 
 def train(options: Options, args: Sequence[str], style: str) -> dict:
