@@ -39,6 +39,8 @@ CHIPS = {
 # the first on the same rows; so counted, every kernel's sum is its arithmetic's.
 MATMUL_ROWS = {"vmatmul": 16, "vmatmul.lmr": 8}
 DTYPE_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
+# The layer whose convolution waits for the matrix units even in XLA.
+SCALE = "conv_64"
 KERNEL = 'custom_call_target="tpu_custom_call"'
 KEYS = ("topology", "size", "batch", "layer", "direction", "implementation")
 
@@ -75,14 +77,17 @@ def read_kernel(folder: Path, name: str) -> Kernel:
     """Read the compiler's files of the kernel that the program calls `name`.
 
     Raises:
-      RuntimeError: files that are not there or hold a loop besides the grid's.
+      FileNotFoundError: there are none.
+      RuntimeError: they hold a loop besides the grid's.
     """
 
     def text(ending: str) -> str:
         # The name's own files, not those of `name.1`.
         pattern = re.compile(rf"\d+-{re.escape(name)}-\d+-{ending}\.txt")
         found = [f for f in folder.iterdir() if pattern.fullmatch(f.name)]
-        if len(found) != 1:
+        if not found:
+            raise FileNotFoundError(f"no files {ending} of kernel {name}")
+        if len(found) > 1:
             raise RuntimeError(f"{len(found)} files {ending} of kernel {name}")
         return found[0].read_text()
 
@@ -138,13 +143,25 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
     def array(name: str) -> str:
         return array(same[name]) if name in same else name
 
+    # A kernel that is called twice is compiled once, under one of the names.
+    body = dict(re.findall(rf"%([\w.-]+) = .*?{KERNEL}.*?backend_config=(.*)", entry))
+    twins: dict[str, list[str]] = {}
+    for name, text in body.items():
+        twins.setdefault(text, []).append(name)
+
+    def kernel(name: str) -> Kernel:
+        for twin in [name, *twins.get(body.get(name, ""), [])]:
+            with contextlib.suppress(FileNotFoundError):
+                return read_kernel(folder, twin)
+        raise RuntimeError(f"the compiler left no files of kernel {name}")
+
     for line in entry.splitlines():
         if KERNEL in line:
             name = re.search(r"%([\w.-]+) =", line)[1]
             operands = re.search(r"custom-call\((.*?)\)", line)[1]
             read = {array(n) for n in re.findall(r"%([\w.-]+)", operands)}
             moved = bytes_of(shapes[name]) + sum(bytes_of(shapes[n]) for n in read)
-            found = read_kernel(folder, name)
+            found = kernel(name)
             compute = found.turns * max(found.bundles, found.matmul_rows)
             kernels[name] = max(compute, moved / (bandwidth / ghz)) / ghz / 1e6
         elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
@@ -158,18 +175,20 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
 
 
 def scale(folder: Path, program: str) -> dict[str, list[int]]:
-    """XLA's own convolutions counted both ways, which must agree.
+    """XLA's own convolutions that wait for the matrix units, counted both ways.
+
+    The two counts must agree, or kernels and XLA's operations have no common scale.
 
     Returns:
       By name, the cycles that XLA estimates and those that counting it like a kernel
-      gives; without those that do not wait for the matrix units.
+      gives.
     """
     found = {}
     for line in program[program.index("\nENTRY") :].splitlines():
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         if "kind=kOutput" in line and "COST_MODEL_TYPE_CLASSIC" in line and cycles:
             name = re.search(r"%([\w.-]+) =", line)[1]
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, FileNotFoundError):
                 op = read_kernel(folder, name)
                 if op.matmul_rows > op.bundles:
                     found[name] = [int(cycles[1]), op.turns * op.matmul_rows]
@@ -318,7 +337,8 @@ def measure(
             name = "-".join(str(record[k]) for k in KEYS).replace(":", "-")
             (programs / f"{name}.txt").write_text(text)
         record |= estimate(folder, text, chip)
-        record["scale"] = scale(folder, text)
+        if layer == SCALE:
+            record["scale"] = scale(folder, text)
         memory = compiled.memory_analysis()
         record["peak_bytes"] = memory.peak_memory_in_bytes
         record["temp_bytes"] = memory.temp_size_in_bytes

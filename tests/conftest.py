@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxstyle.cache import release_memory  # noqa: E402
+
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update(
     "jax_compilation_cache_dir",
@@ -19,6 +21,14 @@ jax.config.update(
     ),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Programs of one file are no use to the next, and add up to gigabytes."""
+    yield
+    jax.clear_caches()
+    release_memory()
 
 
 @pytest.fixture

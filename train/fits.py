@@ -91,7 +91,7 @@ def report(
 
     Returns:
       A dict an entry: `memory` and its parts in bytes a chip, `ms`, `collectives` as
-      {operation: [count, bytes]}; or `error`.
+      {operation: [count, bytes]} (`ms` may be None, with `why`); or `error`.
     """
     chip = run.compile_for.split(":")[0]
     found = []
@@ -139,9 +139,12 @@ def measured(compiled: Any, folder: Path, chip: str) -> dict:
         "memory": held + results + memory.temp_size_in_bytes,
         "arguments": held,
         "temporaries": memory.temp_size_in_bytes,
-        "ms": bench.estimate(folder, text, chip)["ms"],
         "collectives": {},
     }
+    try:
+        record["ms"] = bench.estimate(folder, text, chip)["ms"]
+    except RuntimeError as error:
+        record |= {"ms": None, "why": str(error)}
     for shape, name in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text):
         count, size = record["collectives"].get(name, (0, 0))
         record["collectives"][name] = [count + 1, size + bench.bytes_of(shape)]
@@ -159,11 +162,14 @@ def line(record: Mapping[str, Any], chip: str) -> str:
         f"{count} {operation} of {size / 2**20:.1f} MiB"
         for operation, (count, size) in record["collectives"].items()
     )
+    if record["ms"] is None:
+        time = f"no estimate of the time ({record['why']})"
+    else:
+        time = f"{record['ms']:.1f} ms by the compiler's estimate"
     return (
         f"{name}: {gib['memory']:.2f} of {HBM[chip]} GiB a chip, {fits} (state and "
         f"frozen networks {gib['arguments']:.2f}, temporaries "
-        f"{gib['temporaries']:.2f}); {record['ms']:.1f} ms by the compiler's estimate; "
-        f"collectives: {talk or 'none'}"
+        f"{gib['temporaries']:.2f}); {time}; collectives: {talk or 'none'}"
     )
 
 

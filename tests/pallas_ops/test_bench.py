@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -56,8 +57,21 @@ def test_unresolved_loop(tmp_path):
     write(tmp_path, "conv.1", FILES | {"final_bundles": code})
     with pytest.raises(RuntimeError, match="2 loops"):
         bench.read_kernel(tmp_path, "conv.1")
-    with pytest.raises(RuntimeError, match="0 files"):
+    with pytest.raises(FileNotFoundError, match="no files"):
         bench.read_kernel(tmp_path, "conv")
+
+
+def test_kernel_that_is_called_twice(tmp_path):
+    """The compiler leaves files under one of the names: those of the same body."""
+    write(tmp_path, "conv.1", FILES)
+    call = next(n for n in PROGRAM.splitlines() if "%conv.1 =" in n)
+    first = call + ', backend_config={"body":"a"}'
+    twin = first.replace("%conv.1", "%conv.2")
+    found = bench.estimate(tmp_path, PROGRAM.replace(call, f"{first}\n{twin}"), "v5e")
+    assert found["kernels"]["conv.2"] == found["kernels"]["conv.1"]
+    other = twin.replace('"a"', '"b"')
+    with pytest.raises(RuntimeError, match="no files of kernel conv.2"):
+        bench.estimate(tmp_path, PROGRAM.replace(call, f"{first}\n{other}"), "v5e")
 
 
 def test_floors():
@@ -86,3 +100,27 @@ def test_one_layer(tmp_path):
     assert xla["error"] is None and kernel["error"] is None
     assert kernel["kernels"] and not xla["kernels"]
     assert kernel["ms"] < xla["ms"]
+
+
+def test_readme_tables():
+    """The page's tables are those of the records beside it."""
+    folder = Path(bench.__file__).parent
+    records = json.loads((folder / "records.json").read_text())
+    page = (folder / "README.md").read_text()
+    lines = bench.tables(records).splitlines()
+    assert len(lines) > 6 and not set(lines) - set(page.splitlines())
+
+
+def test_targets():
+    """What the compiler counted for the batches that matter, against what was asked."""
+    folder = Path(bench.__file__).parent
+    records = json.loads((folder / "records.json").read_text())
+
+    def total(batch, direction):
+        key = ("v5e:2x2", 1024, batch, "total", direction, "pallas")
+        return next(r for r in records if tuple(r[k] for k in bench.KEYS) == key)
+
+    assert total(1, "forward")["ms"] <= 3.8
+    assert total(4, "forward")["ms"] <= 12
+    both = total(4, "forward+backward")
+    assert both["ms"] <= 45 and both["temp_bytes"] <= 4 * 2**30
