@@ -293,6 +293,7 @@ def test_a_run_from_the_command_line(base, tmp_path, capsys):
     assert metadata["target"] == "sketch" and metadata["scheme"] == "nada"
 
 
+@pytest.mark.slow
 def test_pictures_as_target(base, tmp_path):
     metrics = command(
         base,
@@ -302,6 +303,7 @@ def test_pictures_as_target(base, tmp_path):
     assert all(np.isfinite(m["loss"]) for m in metrics)
 
 
+@pytest.mark.slow
 def test_two_models_by_files_of_embeddings(base, tmp_path):
     from train import nada_text
 
@@ -406,6 +408,7 @@ def test_crossovers(base):
     assert before is after and np.ptp(before, axis=1).max() == 0
 
 
+@pytest.mark.slow
 def test_shared_noise_makes_equal_pictures_but_in_the_first_step(base):
     """A step with equal noise and equal generators would have no direction."""
     model, params = weights.load(base[1])
