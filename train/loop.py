@@ -91,7 +91,10 @@ def fit(
     """
     run = options.run
     if run.compile_for:
-        batch = {} if batches is None else next(batches)
+        batch = {}
+        if batches is not None:
+            with contextlib.closing(batches):
+                batch = next(batches)
 
         def entry(index, mesh, layout, frozen_layout):
             return _jit(schedule[index][1], index, layout, frozen_layout, mesh)

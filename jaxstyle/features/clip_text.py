@@ -11,7 +11,6 @@ import gzip
 import html
 import importlib
 import os
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -24,6 +23,7 @@ from jax import Array
 
 from jaxstyle.errors import UserError, one_line
 from jaxstyle.features.clip import CLIP, END
+from jaxstyle.pipeline import write_codes
 from jaxstyle.weights import ASSETS, digest
 
 VOCABULARY = ASSETS / "clip_vocabulary" / "bpe_merges.txt.gz"
@@ -244,20 +244,11 @@ def save_texts(path: str | os.PathLike, judge: Judge, texts: Sequence[str]) -> N
     """
     texts = list(dict.fromkeys(texts))
     arrays = {
-        "texts": np.array(texts),
+        "texts": texts,
         "embeddings": np.asarray(judge.encode_texts(texts), np.float32),
-        "model": np.array(fingerprint(judge.params)),
+        "model": fingerprint(judge.params),
     }
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_codes(path, **arrays)
 
 
 def load_texts(path: str | os.PathLike, judge: Judge) -> dict[str, np.ndarray]:

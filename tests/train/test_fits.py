@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from jaxstyle.errors import UserError
+from pallas_ops import bench
 from train import fits
 
 TPU = importlib.util.find_spec("libtpu") is not None
@@ -19,6 +20,10 @@ def test_line():
     record["collectives"] = {"all-reduce": [3, 2**20]}
     text = fits.line(record, "v6e")
     assert "32 GiB a chip, fits" in text and "3 all-reduce of 1.0 MiB" in text
+
+
+def test_chips_are_those_that_the_bench_counts():
+    assert set(fits.HBM) == set(bench.CHIPS)
 
 
 def test_mistakes(capsys):
