@@ -49,6 +49,16 @@ class Encoder(NamedTuple):
         """Whether it is one of ReStyle's: it also sees what the codes so far give."""
         return self.module.in_channels == 6 and self.inputs == "photo"
 
+    def rows(self, size: int) -> tuple[int, int]:
+        """Rows that it sees, first and one after the last, of pictures of `size`."""
+        seen = getattr(self.module, "rows", ()) or (0, self.module.size)
+        return tuple(round(n * size / self.module.size) for n in seen)
+
+    @property
+    def sees_band(self) -> bool:
+        """Whether it sees some rows only: whole wide pictures lie there, as cars do."""
+        return self.rows(self.module.size) != (0, self.module.size)
+
 
 # Names of tasks and of inputs in a run's metadata; the rest shows in the channels.
 _LABELS = ("labels", "celebs_seg_to_face")
@@ -158,6 +168,8 @@ class Reading(NamedTuple):
       nearest: see `inputs.label_map`.
       factors: photos are made smaller by each; empty: left alone.
       align: how the face of a photo is found.
+      rows: the whole photo goes into those of the square, and no face is looked for;
+        empty: faces.
     """
 
     inputs: str
@@ -166,6 +178,7 @@ class Reading(NamedTuple):
     nearest: bool = False
     factors: tuple[int, ...] = ()
     align: AlignOptions = AlignOptions()
+    rows: tuple[int, ...] = ()
 
 
 def read_items(paths: Sequence[Path], reading: Reading) -> Iterator[Item]:
@@ -202,7 +215,10 @@ def _read(path: Path, name: str, reading: Reading) -> list[Item]:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return [Item(name, path, x, {kind: inputs.visible(x)})]
-    crop, _ = prepare(path, max(CROP_SIZE, size), reading.align)
+    if reading.rows:
+        crop = inputs.band(images.open_image(path), size, reading.rows)
+    else:
+        crop, _ = prepare(path, max(CROP_SIZE, size), reading.align)
     photo = images.to_array(crop, size)
     if not reading.factors:
         return [Item(name, path, photo, {"photo": photo})]

@@ -24,6 +24,20 @@ def bilinear(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def band(picture: Image.Image, size: int, rows: tuple[int, int]) -> Image.Image:
+    """A whole picture in rows of a black [size, size] square, as LSUN's cars lie there.
+
+    Args:
+      picture: of any shape, which is not kept.
+      size: of the square.
+      rows: the first one and the one after the last.
+    """
+    square = Image.new("RGB", (size, size))
+    inside = picture.resize((size, rows[1] - rows[0]), Image.Resampling.BILINEAR)
+    square.paste(inside, (0, rows[0]))
+    return square
+
+
 def drawing(picture: Image.Image, size: int) -> np.ndarray:
     """A grey drawing: [size, size, 1] in [0, 1] (not in [-1, 1])."""
     grey = bilinear(picture.convert("L"), size)

@@ -161,7 +161,7 @@ def test_command_optimizes(tmp_path, photos, capsys):
     assert [p.name for p in single.parent.iterdir()] == ["me.npz"]
 
 
-def save_encoder(path, channels=3, **metadata):
+def save_encoder(path, channels=3, rows=(), **metadata):
     """An untrained encoder for the 16 px generator that reads 32 px; its path."""
     encoder = GradualStyleEncoder(
         num_styles=6,
@@ -172,6 +172,7 @@ def save_encoder(path, channels=3, **metadata):
         se_ratio=4,
         w_dim=16,
         level_rows=() if channels == 6 else (3,),
+        rows=rows,
     )
     params = {"encoder": encoder.init_params(key=jax.random.key(0))}
     weights.save(path, {"encoder": encoder}, params, metadata=metadata)
@@ -200,6 +201,7 @@ def folders(tmp_path_factory, photos):
         "sketch encoder": save_encoder(root / "enc-sketch", 1),
         "labels encoder": save_encoder(root / "enc-labels", 5),
         "restyle encoder": save_encoder(root / "enc-restyle", 6),
+        "cars encoder": save_encoder(root / "enc-cars", rows=(4, 28)),
     }
 
 
@@ -269,6 +271,21 @@ def test_command_makes_photos_smaller(tmp_path, folders):
     wanted = encode(module["encoder"], params["encoder"], x)
     np.testing.assert_allclose(found["w_plus"], wanted, atol=1e-4)
     assert images.open_image(tmp_path / "a-x8-inverted.png").width == 3 * 16 + 2 * 2
+
+
+def test_command_takes_wide_pictures_whole(tmp_path, folders):
+    """An encoder of cars sees the picture in the middle of a square, and gives that."""
+    Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).save(tmp_path / "car.png")
+    wide = str(tmp_path / "car.png")
+    found = run(folders, wide, "cars", tmp_path, "--target", wide)
+    assert images.open_image(tmp_path / "car-inverted.png").size == (16, 12)
+    module, params = weights.load(folders["cars encoder"])
+    x = np.full((1, 32, 32, 3), -1.0, np.float32)
+    inside = images.open_image(wide).resize((32, 24), Image.Resampling.BILINEAR)
+    x[0, 4:28] = inputs.values(inside)
+    wanted = encode(module["encoder"], params["encoder"], x)
+    np.testing.assert_allclose(found["w_plus"], wanted, atol=1e-4)
+    assert json.loads((tmp_path / "metrics.json").read_text())
 
 
 def test_command_reads_drawings_and_label_maps(tmp_path, folders, capsys):
@@ -346,11 +363,12 @@ def test_command_measures(tmp_path, folders, capsys):
         (["--encoder", "photo", "--nearest-labels"], "is for label maps"),
         (["--encoder", "sketch", "--factors", "4"], "makes photos smaller"),
         (["--encoder", "sketch", "--landmarks", "dlib"], "taken as they are"),
+        (["--encoder", "cars", "--landmarks", "dlib"], "takes whole pictures"),
     ],
 )
 def test_refuses_in_one_line(folders, capsys, options, message):
     short = {"base": folders["base"]}
-    short |= {k: folders[f"{k} encoder"] for k in ("photo", "sketch")}
+    short |= {k: folders[f"{k} encoder"] for k in ("photo", "sketch", "cars")}
     options = [short.get(o, o) for o in options]
     base = ["--weights", folders["base"]]
     with pytest.raises(SystemExit):
