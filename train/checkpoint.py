@@ -1,16 +1,20 @@
 """Checkpoints of a run: `checkpoints/<step>/{params, ema, state, data}`.
 
 Orbax writes each under a temporary name and renames it when complete, so a run that
-is killed while saving keeps its last good checkpoint.
+is killed while saving keeps its last good checkpoint. One that cannot be read is put
+aside as `<step>.damaged`, and the run goes on from the one before.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxstyle.errors import UserError
+from jaxstyle.errors import UserError, one_line
+from train import processes
 from train.state import TrainState
 
 
@@ -35,9 +39,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Any, keep: int = 0):
+        self._folder = epath.Path(folder)
         self._manager = ocp.CheckpointManager(
-            epath.Path(folder),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None),
+            self._folder,
+            # What a killed run had begun to write is no use to anybody.
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep or None, cleanup_tmp_directories=True
+            ),
         )
 
     def latest(self) -> int | None:
@@ -51,13 +59,53 @@ class Checkpoints:
           step: its name; an existing one is left alone.
           state: saved whole. Its arrays are copied first and may be donated at once.
           data: JSON values, the position in the data among them.
+
+        Raises:
+          UserError: this one, or the one before, cannot be written.
         """
         if step in self._manager.all_steps():
             return
         items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-        self._manager.save(
-            step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
-        )
+        args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    def restore_newest(
+        self, state: TrainState
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, or None where there are none.
+
+        Newer ones that cannot be are renamed to `<step>.damaged`.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        problems: dict[int, UserError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                with processes.together():
+                    found = self.restore(step, state)
+            except UserError as error:
+                problems[step] = error
+                continue
+            self._put_aside(problems, step)
+            return found
+        if problems:
+            raise problems[max(problems)]
+        return None
+
+    def _put_aside(self, problems: dict[int, UserError], instead: int) -> None:
+        """Rename checkpoints that cannot be read, and say so."""
+        first = jax.process_index() == 0
+        with processes.together():
+            for step, problem in problems.items() if first else ():
+                place = self._folder / f"{step}.damaged"
+                if place.exists():
+                    place.rmtree()
+                (self._folder / str(step)).rename(place)
+                print(f"{problem}. It is {place} now; going on from step {instead}")
+        if problems:
+            self._manager.reload()
 
     def restore(
         self, step: int, state: TrainState
@@ -69,7 +117,7 @@ class Checkpoints:
           state: arrays of the wanted shapes, types and shardings.
 
         Raises:
-          UserError: the checkpoint holds other arrays than `state`.
+          UserError: the checkpoint is damaged, or holds other arrays than `state`.
         """
         targets = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -80,10 +128,12 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=ocp.args.Composite(**args, data=ocp.args.JsonRestore())
             )
-        except ValueError as error:
+        # Orbax raises many kinds, a bare Exception among them.
+        except Exception as error:
             raise UserError(
-                f"checkpoint {step} does not fit this run's networks or optimisers "
-                f"({error}); use another --out"
+                f"checkpoint {step} in {self._folder} is damaged, or does not fit this "
+                f"run's networks or optimisers ({_reason(error)}); put its files back, "
+                "or use another --out"
             ) from error
         rest = found["state"]
         restored = TrainState(
@@ -97,9 +147,37 @@ class Checkpoints:
         return restored, found["data"]
 
     def wait(self) -> None:
-        """Block until everything is written."""
-        self._manager.wait_until_finished()
+        """Block until everything is written.
+
+        Raises:
+          UserError: something cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing and release the threads."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        # Orbax and its threads pass on whatever the file system raised.
+        try:
+            yield
+        except Exception as error:
+            step = self.latest()
+            kept = (
+                "none was written yet" if step is None else f"checkpoint {step} stays"
+            )
+            raise UserError(
+                f"a checkpoint could not be written to {self._folder} "
+                f"({_reason(error)}); {kept}. Make room, then give the same command"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message, without the places in libraries it came through."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(str(error).split(" [")[0], 200)

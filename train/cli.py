@@ -1,12 +1,10 @@
 """Options that every scheme shares, and the start of a command."""
 
 import dataclasses
-import importlib.util
 import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -16,7 +14,7 @@ from jax.sharding import Mesh
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError
 from jaxstyle.options import parse as parse_options
-from train import sharding
+from train import processes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +134,10 @@ def start(run: RunOptions) -> Mesh:
     Call it before anything else that touches JAX.
 
     Raises:
-      UserError: another kind of device than required, or an impossible mesh.
+      UserError: another kind of device than required, an impossible mesh, or a process
+        of another version or with other options.
     """
-    join_processes(run.distributed)
+    processes.join_processes(run.distributed)
     cache = use_compilation_cache()
     devices = jax.devices()
     platform = devices[0].platform
@@ -149,14 +148,15 @@ def start(run: RunOptions) -> Mesh:
             f"({len(devices)} devices); install jaxstyle[{extra}], check the driver, "
             "or leave --require out"
         )
+    processes.check_same(processes.versions() | dataclasses.asdict(run))
     mesh = sharding.make_mesh(
         run.mesh_style, run.mesh_data, run.mesh_fsdp, run.mesh_space
     )
     if run.debug_nans:
         jax.config.update("jax_debug_nans", True)
     if jax.process_index() == 0:
-        processes = jax.process_count()
-        many = f", {processes} processes" if processes > 1 else ""
+        count = jax.process_count()
+        many = f", {count} processes" if count > 1 else ""
         print(
             f"devices: {len(devices)} × {devices[0].device_kind} ({platform}){many}, "
             f"memory {memory(devices[0])}"
@@ -177,45 +177,3 @@ def memory(device: jax.Device) -> str:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return f"{total / 2**30:.1f} GiB of the host"
     return "unknown"
-
-
-def signs_of_a_cluster() -> bool:
-    """Whether the environment looks like one of several processes, or a TPU host."""
-    env = os.environ
-    if any(n in env for n in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES")):
-        return True
-    # Counts of the launched processes; SLURM_NTASKS is also set without a launcher.
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if env.get(name, "1") not in ("", "1"):
-            return True
-    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
-
-
-def join_processes(distributed: str) -> None:
-    """`jax.distributed.initialize` where it is called for.
-
-    On a Cloud TPU and under SLURM or Open MPI JAX finds the others by itself; elsewhere
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
-
-    Raises:
-      UserError: `on`, or signs of several processes, but no way to join them.
-    """
-    if jax.distributed.is_initialized() or distributed == "off":
-        return
-    if distributed == "auto" and not signs_of_a_cluster():
-        return
-    env = os.environ
-    count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
-    try:
-        jax.distributed.initialize(
-            env.get("JAX_COORDINATOR_ADDRESS"),
-            num_processes=int(count) if count else None,
-            process_id=int(index) if index else None,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"could not join the other processes ({error}); set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass "
-            "--distributed off to run this one alone"
-        ) from error

@@ -1,8 +1,6 @@
 """The training loop: resume, step, check, log, sample, save. It knows no loss."""
 
 import contextlib
-import dataclasses
-import json
 import math
 import os
 import shlex
@@ -18,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -29,10 +26,12 @@ from jaxstyle.cache import release_memory
 from jaxstyle.errors import UserError
 from train import fits, sharding
 from train.checkpoint import Checkpoints
-from train.cli import FREE
+from train.folder import check_folder, open_folder
 from train.log import Log, write_json
 from train.optim import path_name
 from train.state import TrainState
+
+__all__ = ["check_folder", "fit"]
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]
 Validate = Callable[[TrainState, Any], dict[str, float]]
@@ -84,10 +83,12 @@ def fit(
       The last state, on the mesh.
 
     Raises:
-      UserError: the folder belongs to another run; a metric or the state is not
-        finite. The last good checkpoint stays.
-      SystemExit: SIGTERM or SIGINT came, and the state was saved first; or
-        `run.compile_for` only asked what the steps need.
+      UserError: the folder belongs to another run or is in use; no checkpoint of it
+        can be read, or none written; a metric or the state is not finite. The last
+        good checkpoint stays.
+      SystemExit: SIGTERM (with code 0: a machine that is taken away is no failure) or
+        SIGINT came, and the state was saved first; or `run.compile_for` only asked what
+        the steps need.
     """
     run = options.run
     if run.compile_for:
@@ -102,111 +103,118 @@ def fit(
         every = [interval for interval, _ in schedule]
         fits.report(run, entry, state, frozen, every, batch, rules)
         raise SystemExit(0)
-    folder = open_folder(options, networks, metadata, identity)
-    layout = sharding.shardings(state, mesh, rules)
-    state = sharding.place(state, layout)
-    frozen = dict(frozen)
-    frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
-    frozen = sharding.place(frozen, frozen_layout)
-    checkpoints = Checkpoints(folder / "checkpoints", run.keep)
-    latest: dict[str, float] = {}
-    resumed = checkpoints.latest()
-    if resumed is not None:
-        state, data = checkpoints.restore(resumed, state)
-        latest = data["metrics"]
-        if batches is not None:
-            batches.set_state(data["position"])
-    begin = int(state.step)
-    steps = [
-        (every, _jit(step, i, layout, frozen_layout, mesh))
-        for i, (every, step) in enumerate(schedule)
-        if every
-    ]
-    everywhere = sharding.replicated(mesh)
-    advance = jax.jit(lambda s: s + 1, donate_argnums=0, out_shardings=everywhere)
-    finite = jax.jit(_finite, out_shardings=everywhere)
-    draw = sample and jax.jit(sample, out_shardings=everywhere)
-    log = Log(folder, begin, run.steps, run.tensorboard)
-    with (
-        jax.set_mesh(mesh),
-        contextlib.closing(checkpoints),
-        contextlib.closing(log),
-        contextlib.closing(batches) if batches else contextlib.nullcontext(),
-        _signals() as caught,
-    ):
-        if resumed is not None:
-            log.say(f"continuing {folder} at step {begin} of {run.steps}")
-        elif draw:
-            log.samples(begin, np.asarray(draw(state, frozen)))
-        if begin < run.steps and jax.process_index() == 0:
-            # A run that goes on is not finished.
-            (folder / "summary.json").unlink(missing_ok=True)
-        pending: tuple[int, dict[str, Array]] | None = None
-        for i in range(begin, run.steps):
-            last = i + 1 == run.steps
-            if run.debug_profile:
-                _trace(folder, i - begin, last)
-            batch = {}
+    with open_folder(options, networks, metadata, identity) as folder:
+        layout = sharding.shardings(state, mesh, rules)
+        state = sharding.place(state, layout)
+        frozen = dict(frozen)
+        frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
+        frozen = sharding.place(frozen, frozen_layout)
+        checkpoints = Checkpoints(folder / "checkpoints", run.keep)
+        latest: dict[str, float] = {}
+        resumed = checkpoints.restore_newest(state)
+        if resumed:
+            state, data = resumed
+            latest = data["metrics"]
             if batches is not None:
-                batch = sharding.global_batch(next(batches), mesh)
-            if i == begin:
-                steps = _compile(steps, state, frozen, batch, log)
-            metrics: dict[str, Array] = {}
-            for every, step in steps:
-                if i % every == 0:
-                    state, values = step(state, frozen, batch)
-                    metrics |= values
-            state = state.replace(step=advance(state.step))
-            log.advance()
-            # The metrics of the iteration before have arrived; asking for those of
-            # this one would leave the device idle.
-            if pending:
-                latest |= _checked(*pending, checkpoints, folder)
-            pending, done = (i + 1, metrics), i + 1
-            logs = last or done % run.log_every == 0
-            saves = last or (run.save_every and done % run.save_every == 0)
-            stop = _stop_everywhere(caught, logs)
-            if logs or saves or stop:
-                latest |= _checked(*pending, checkpoints, folder)
-                pending = None
-            if validate and (last or (validate[0] and done % validate[0] == 0)):
-                # Virtual devices of a CPU can lock up in two programs at a time.
-                values = validate[1](jax.block_until_ready(state), frozen)
-                if values["val_loss"] < latest.get("best_val_loss", math.inf):
-                    values |= {"best_val_loss": values["val_loss"], "best_step": done}
-                    _keep_best(folder, done, state, values, networks, metadata)
-                if values.pop("finished", False) and not last:
-                    last = logs = saves = True
-                    latest |= _checked(*pending, checkpoints, folder) if pending else {}
-                latest |= values
-                log.say(f"step {done}: validation loss {values['val_loss']:.4f}")
-            if logs:
-                log.metrics(done, latest)
-            if saves or stop:
-                _check_state(done, state, finite(state), checkpoints, folder)
-                position = None if batches is None else batches.get_state()
-                data = {"position": position, "metrics": latest}
-                checkpoints.save(done, state, data)
-            if draw and (last or (run.sample_every and done % run.sample_every == 0)):
-                log.samples(done, np.asarray(draw(state, frozen)))
-            if stop and not last:
-                checkpoints.wait()
-                _leave(caught, done, folder, log)
-            if last:
-                break
-        checkpoints.wait()
-        step = int(state.step)
-        if jax.process_index() == 0 and not (folder / "summary.json").exists():
-            summary = {
-                "scheme": (metadata or {}).get("scheme", "train"),
-                "step": step,
-                "seconds": round(log.seconds, 1),
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                "metrics": latest,
-            }
-            write_json(folder / "summary.json", summary)
-        log.say(f"finished step {step}: {folder}")
-    return state
+                batches.set_state(data["position"])
+        begin = int(state.step)
+        steps = [
+            (every, _jit(step, i, layout, frozen_layout, mesh))
+            for i, (every, step) in enumerate(schedule)
+            if every
+        ]
+        everywhere = sharding.replicated(mesh)
+        advance = jax.jit(lambda s: s + 1, donate_argnums=0, out_shardings=everywhere)
+        finite = jax.jit(_finite, out_shardings=everywhere)
+        draw = sample and jax.jit(sample, out_shardings=everywhere)
+        log = Log(folder, begin, run.steps, run.tensorboard)
+        with (
+            jax.set_mesh(mesh),
+            contextlib.closing(checkpoints),
+            contextlib.closing(log),
+            contextlib.closing(batches) if batches else contextlib.nullcontext(),
+            _signals() as caught,
+        ):
+            if resumed:
+                log.say(f"continuing {folder} at step {begin} of {run.steps}")
+            elif draw:
+                log.samples(begin, np.asarray(draw(state, frozen)))
+            if begin < run.steps and jax.process_index() == 0:
+                # A run that goes on is not finished.
+                (folder / "summary.json").unlink(missing_ok=True)
+            pending: tuple[int, dict[str, Array]] | None = None
+            for i in range(begin, run.steps):
+                last = i + 1 == run.steps
+                if run.debug_profile:
+                    _trace(folder, i - begin, last)
+                batch = {}
+                if batches is not None:
+                    batch = sharding.global_batch(next(batches), mesh)
+                if i == begin:
+                    steps = _compile(steps, state, frozen, batch, log)
+                metrics: dict[str, Array] = {}
+                for every, step in steps:
+                    if i % every == 0:
+                        state, values = step(state, frozen, batch)
+                        metrics |= values
+                state = state.replace(step=advance(state.step))
+                log.advance()
+                # The metrics of the iteration before have arrived; asking for those of
+                # this one would leave the device idle.
+                if pending:
+                    latest |= _checked(*pending, checkpoints, folder)
+                pending, done = (i + 1, metrics), i + 1
+                logs = last or done % run.log_every == 0
+                saves = last or (run.save_every and done % run.save_every == 0)
+                stop = _asked_to_stop(caught, done)
+                if logs or saves or stop:
+                    latest |= _checked(*pending, checkpoints, folder)
+                    pending = None
+                if validate and (last or (validate[0] and done % validate[0] == 0)):
+                    # Virtual devices of a CPU can lock up in two programs at a time.
+                    values = validate[1](jax.block_until_ready(state), frozen)
+                    if values["val_loss"] < latest.get("best_val_loss", math.inf):
+                        values |= {
+                            "best_val_loss": values["val_loss"],
+                            "best_step": done,
+                        }
+                        _keep_best(folder, done, state, values, networks, metadata)
+                    if values.pop("finished", False) and not last:
+                        last = logs = saves = True
+                        latest |= (
+                            _checked(*pending, checkpoints, folder) if pending else {}
+                        )
+                    latest |= values
+                    log.say(f"step {done}: validation loss {values['val_loss']:.4f}")
+                if logs:
+                    log.metrics(done, latest)
+                if saves or stop:
+                    _check_state(done, state, finite(state), checkpoints, folder)
+                    position = None if batches is None else batches.get_state()
+                    data = {"position": position, "metrics": latest}
+                    checkpoints.save(done, state, data)
+                if draw and (
+                    last or (run.sample_every and done % run.sample_every == 0)
+                ):
+                    log.samples(done, np.asarray(draw(state, frozen)))
+                if stop and not last:
+                    checkpoints.wait()
+                    _leave(stop, done, folder, log)
+                if last:
+                    break
+            checkpoints.wait()
+            step = int(state.step)
+            if jax.process_index() == 0 and not (folder / "summary.json").exists():
+                summary = {
+                    "scheme": (metadata or {}).get("scheme", "train"),
+                    "step": step,
+                    "seconds": round(log.seconds, 1),
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "metrics": latest,
+                }
+                write_json(folder / "summary.json", summary)
+            log.say(f"finished step {step}: {folder}")
+        return state
 
 
 def _jit(
@@ -319,8 +327,13 @@ def _signals():
     def catch(number, _):
         caught.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    # Of several processes, SIGTERM is JAX's: it tells the others.
+    many = jax.process_count() > 1
+    wanted = (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT)
+    before = {s: signal.signal(s, catch) for s in wanted}
     try:
         yield caught
     finally:
@@ -328,26 +341,24 @@ def _signals():
             signal.signal(number, handler)
 
 
-def _stop_everywhere(caught: list[int], agree: bool) -> bool:
-    """Whether to stop; of many processes all or none, asked when `agree`."""
+def _asked_to_stop(caught: list[int], step: int) -> int:
+    """The signal that ends the run after this step, or 0; the same on all processes."""
     if jax.process_count() == 1:
-        return bool(caught)
-    return agree and bool(
-        multihost_utils.process_allgather(np.array(bool(caught))).any()
-    )
+        return caught[0] if caught else 0
+    return signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
 
 
-def _leave(caught: list[int], step: int, folder: Any, log: Log) -> None:
+def _leave(number: int, step: int, folder: Any, log: Log) -> None:
     """End the process after a signal, saying how to go on."""
-    name = signal.Signals(caught[0]).name if caught else "another process"
     # `python -m train.jojo` has become a path in sys.argv.
     spec = sys.modules["__main__"].__spec__
     program = ["python", "-m", spec.name] if spec else sys.argv[:1]
     log.say(
-        f"stopped by {name} at step {step}, saved in {folder}; the same command "
-        f"continues: {shlex.join([*program, *sys.argv[1:]])}"
+        f"stopped by {signal.Signals(number).name} at step {step}, saved in {folder}; "
+        f"the same command continues: {shlex.join([*program, *sys.argv[1:]])}"
     )
-    raise SystemExit(128 + caught[0] if caught else 1)
+    # Who takes a machine away has not seen a failure.
+    raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
 
 
 def _trace(folder: Any, iteration: int, last: bool) -> None:
@@ -356,87 +367,3 @@ def _trace(folder: Any, iteration: int, last: bool) -> None:
         jax.profiler.start_trace(os.fspath(folder / "profile"))
     elif iteration == 20 or (last and 10 < iteration < 20):
         jax.profiler.stop_trace()
-
-
-# The run folder
-
-
-def describe_run(
-    options: Any, metadata: Mapping[str, Any] | None, identity: Mapping[str, str] | None
-) -> dict[str, Any]:
-    """What `options.json` holds: scheme, options, digests."""
-    # Options may be paths.
-    values = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    return {
-        "scheme": (metadata or {}).get("scheme", "train"),
-        "options": values.pop("run") | values,
-        "identity": dict(identity or {}),
-    }
-
-
-def check_folder(
-    options: Any,
-    metadata: Mapping[str, Any] | None = None,
-    identity: Mapping[str, str] | None = None,
-) -> dict[str, Any] | None:
-    """The `options.json` of the run folder, or None when there is nothing to continue.
-
-    `fit` calls this; a scheme whose preparation is long may do so before it.
-
-    Raises:
-      UserError: the folder belongs to a run of other options, naming them.
-    """
-    path = epath.Path(options.run.out) / "options.json"
-    try:
-        # A run that ended before its first checkpoint leaves nothing to protect.
-        if not path.exists() or not weights.checkpoint_steps(path.parent):
-            return None
-    except ImportError as error:
-        raise UserError(
-            f"--out {options.run.out} needs an extra: pip install 'jaxstyle[gcs]' "
-            f"({error})"
-        ) from None
-    old, new = json.loads(path.read_text()), describe_run(options, metadata, identity)
-    differences = []
-    if old["scheme"] != new["scheme"]:
-        differences.append(f"scheme {old['scheme']} → {new['scheme']}")
-    for kind in ("options", "identity"):
-        for name in sorted(old[kind].keys() | new[kind].keys()):
-            was, now = old[kind].get(name), new[kind].get(name)
-            if was == now or (kind == "options" and name in FREE):
-                continue
-            if kind == "options":
-                differences.append(f"--{name.replace('_', '-')} {was!r} → {now!r}")
-            else:
-                differences.append(f"another {name} ({was} → {now})")
-    if differences:
-        raise UserError(
-            f"--out {options.run.out} holds a run that differs: "
-            + "; ".join(differences)
-            + ". Use the former values to continue it, or another --out"
-        )
-    return old
-
-
-def open_folder(
-    options: Any,
-    networks: Mapping[str, nn.Module],
-    metadata: Mapping[str, Any] | None,
-    identity: Mapping[str, str] | None,
-) -> Any:
-    """Make or check the run folder; process 0 writes `options.json`, `config.json`."""
-    if not options.run.out:
-        raise UserError("--out is empty; name a run folder")
-    folder = epath.Path(options.run.out)
-    if "://" not in options.run.out:
-        folder = folder.expanduser().absolute()
-    check_folder(options, metadata, identity)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder checked")
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", weights.config_dict(networks, metadata))
-        write_json(folder / "options.json", describe_run(options, metadata, identity))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder opened")
-    return folder

@@ -3,7 +3,7 @@ import pytest
 
 from jaxstyle.errors import UserError
 from tests.train import toy
-from train import cli
+from train import cli, processes
 
 
 def test_flags():
@@ -58,11 +58,11 @@ def test_no_silent_fall_back_to_the_cpu(device):
 
 
 def test_signs_of_a_cluster(monkeypatch):
-    assert not cli.signs_of_a_cluster()
+    assert not processes.signs_of_a_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert not cli.signs_of_a_cluster()
+    assert not processes.signs_of_a_cluster()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert cli.signs_of_a_cluster()
+    assert processes.signs_of_a_cluster()
 
 
 def test_cluster_that_cannot_be_joined(monkeypatch):
@@ -71,6 +71,6 @@ def test_cluster_that_cannot_be_joined(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match="could not join.*--distributed off"):
-        cli.join_processes("on")
-    cli.join_processes("auto")
-    cli.join_processes("off")
+        processes.join_processes("on")
+    processes.join_processes("auto")
+    processes.join_processes("off")
