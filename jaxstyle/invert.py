@@ -12,20 +12,22 @@ pulls are measured in standard deviations of w, so the defaults fit any generato
   single w, then every row may leave it, pulled back towards it.
 - `--space w`: a single code pulled towards the average one: closer to what the
   generator knows, farther from the photo.
-- `--space z`: a code of the mapping network's input.
+- `--space z`: a code of the mapping network's input; `z_plus`: one a row, as w_plus is
+  to w, for DualStyleGAN's exemplars.
 
 By an encoder (pSp, e4e): one pass, no steps; ReStyle's refine their code `--restyle`
 times. One of drawings or of label maps takes those instead of photos; `--factors 4 8`
-shows a photo made smaller to one of super-resolution.
+shows a photo made smaller to one of super-resolution. One of cars takes whole wide
+pictures, and so are the results.
 
     python -m jaxstyle.invert maps/ --encoder runs/seg --mix-rows fine --seeds 0-4
     python -m jaxstyle.invert me.jpg --encoder weights/e4e --edit age:+3 smile:-1
     python -m jaxstyle.invert photos/ --encoder weights/psp --target photos/
 
 Of each photo OUT gets NAME-inverted.png, and for each of `--seeds` mixed in, or for the
-edits, NAME-LABEL.png. The codes `w_plus` [n, num_ws, w_dim] (and `w` or `z` where the
-search was in it) and the `names` are in codes.npz, those of the other outputs in
-codes-LABEL.npz, for `python -m jaxstyle.generate --codes`. `--target` measures the
+edits, NAME-LABEL.png. The codes `w_plus` [n, num_ws, w_dim] (and `w`, `z` or `z_plus`
+where the search was in it) and the `names` are in codes.npz, those of the other outputs
+in codes-LABEL.npz, for `python -m jaxstyle.generate --codes`. `--target` measures the
 outputs against pictures (at 256 px, as published) and writes metrics.json.
 """
 
@@ -61,9 +63,9 @@ from jaxstyle.encoding import (
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from jaxstyle.pipeline import resize
-from jaxstyle.stylegan2 import Generator, Params
+from jaxstyle.stylegan2 import Generator, Params, mapping
 
-SPACES = ("w_plus", "w", "z")
+SPACES = ("w_plus", "w", "z", "z_plus")
 LPIPS_SIZES = (128, 256)
 CANDIDATES = 64
 FRAMES = 60
@@ -74,9 +76,9 @@ INVERSION = "inversion"
 class Search:
     """Options of the inversion by optimisation."""
 
-    space: Literal["w_plus", "w", "z"] = "w_plus"
+    space: Literal["w_plus", "w", "z", "z_plus"] = "w_plus"
     """Where to search: w_plus resembles the photo most, w stays what the generator
-    knows, z even more so."""
+    knows, z even more so; z_plus is a z for each row."""
     steps: int = 300
     """Steps of the search; 1000 for the last bit at 1024 px."""
     search_lr: float = 0.05
@@ -86,8 +88,8 @@ class Search:
     three quarters of the steps."""
     pull: float = 0.5
     """Weight of the squared distance, in standard deviations, from the average code
-    (w) and of the rows from their common code (w_plus). Less resembles the photo more,
-    more takes a style better."""
+    (w) and of the rows from their common code (w_plus, z_plus). Less resembles the
+    photo more, more takes a style better."""
     mse: float = 1.0
     """Weight of the squared pixel differences beside LPIPS."""
     lpips: str = "lpips_alexnet"
@@ -122,12 +124,20 @@ def for_lpips(pictures: Array) -> Array:
 
 def _codes(point: Params, frozen: Params, space: str, noise: Array | float) -> Array:
     """The code that a search point stands for, in `space`."""
-    if space == "z":
-        return point["base"] + noise
+    if space.startswith("z"):
+        z = point["base"] + noise
+        return z if space == "z" else z[:, None] + point["rows"]
     w = frozen["w_avg"] + frozen["sigma"] * (point["base"] + noise)
     if space == "w":
         return w
     return w[:, None] + frozen["sigma"] * point["rows"]
+
+
+def _draw(generator: Generator, params: Params, codes: Array, space: str):
+    """Pictures and `out` of codes in any of `SPACES`."""
+    if space == "z_plus":
+        codes, space = mapping(params["mapping"], codes), "w_plus"
+    return generator.apply({"params": params}, codes, space=space)
 
 
 def _judge(frozen: Params, image: Array, judge: nn.Module) -> Array:
@@ -160,12 +170,14 @@ def _step(point, moments, frozen, step, *, generator, judge, space):
 
     def loss(point):
         codes = _codes(point, frozen, space, noise)
-        image, _ = generator.apply({"params": frozen["generator"]}, codes, space=space)
+        image, _ = _draw(generator, frozen["generator"], codes, space)
         losses = _judge(frozen, image, judge)
-        if space != "z":
-            losses += search["pull"] * sum(
-                jnp.mean(jnp.square(x), tuple(range(1, x.ndim))) for x in point.values()
-            )
+        # A z has its own length, which the mapping network takes away.
+        pulled = [x for k, x in point.items() if k == "rows" or space[0] == "w"]
+        losses += search["pull"] * sum(
+            (jnp.mean(jnp.square(x), tuple(range(1, x.ndim))) for x in pulled),
+            start=jnp.zeros(()),
+        )
         return jnp.sum(losses), losses
 
     (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(point)
@@ -183,25 +195,26 @@ def _step(point, moments, frozen, step, *, generator, judge, space):
 def _start(frozen, *, generator, judge, space):
     """Where the searches begin: the average code, or in z the best of some draws."""
     n = frozen["targets"].shape[0]
-    if space != "z":
-        point = {"base": jnp.zeros((n, generator.w_dim))}
-        if space == "w_plus":
-            point["rows"] = jnp.zeros((n, generator.num_ws, generator.w_dim))
-        return point
+    point = {}
+    if space.endswith("plus"):
+        width = generator.z_dim if space == "z_plus" else generator.w_dim
+        point["rows"] = jnp.zeros((n, generator.num_ws, width))
+    if space.startswith("w"):
+        return point | {"base": jnp.zeros((n, generator.w_dim))}
 
     def score(z):
         image, _ = generator.apply({"params": frozen["generator"]}, z[None])
         return _judge(frozen, image, judge)
 
     z = jax.random.normal(frozen["key"], (CANDIDATES, generator.z_dim))
-    return {"base": z[jnp.argmin(jax.lax.map(score, z), 0)]}
+    return point | {"base": z[jnp.argmin(jax.lax.map(score, z), 0)]}
 
 
 @partial(jax.jit, static_argnames=("generator", "space"))
 def _finish(point, frozen, *, generator, space):
     """Codes without noise, and their pictures."""
     codes = _codes(point, frozen, space, 0.0)
-    image, out = generator.apply({"params": frozen["generator"]}, codes, space=space)
+    image, out = _draw(generator, frozen["generator"], codes, space)
     found = {k: out[k] for k in ("w", "w_plus") if k in out}
     return found | {space: codes, "images": image}
 
@@ -244,7 +257,7 @@ def optimize(
     """
     size = generator.size
     if search.space not in SPACES:
-        raise UserError(f"space is {search.space!r}; it must be w_plus, w or z")
+        raise UserError(f"space is {search.space!r}; it must be {', '.join(SPACES)}")
     if search.steps < 1:
         raise UserError(f"--steps is {search.steps}; it must be at least 1")
     if targets.ndim != 4 or targets.shape[1:] != (size, size, 3):
@@ -453,6 +466,11 @@ def read_target(options: Options, path: Path, encoder: Encoder | None):
     has their frame already.
     """
     try:
+        if encoder and encoder.sees_band:
+            rows = encoder.rows(metrics.SIZE)
+            return inputs.values(
+                inputs.band(images.open_image(path), metrics.SIZE, rows)
+            )
         if encoder and encoder.inputs != "photo":
             whole = images.open_image(path)
             return inputs.values(inputs.bilinear(whole, metrics.SIZE))
@@ -559,6 +577,11 @@ def check_encoder(options: Options, encoder: Encoder) -> None:
     if options.nearest_labels and encoder.inputs != "labels":
         raise UserError(f"--nearest-labels is for label maps, but {what}")
     plain = dataclasses.replace(options.align, align=True) == AlignOptions()
+    if encoder.sees_band and not plain:
+        raise UserError(
+            f"encoder {options.encoder} takes whole pictures, and looks for no face; "
+            "leave out --landmarks, --eyes and --mouth"
+        )
     if encoder.inputs != "photo" and not plain:
         raise UserError(
             f"{what}, taken as they are; leave out --landmarks, --eyes and --mouth"
@@ -646,14 +669,26 @@ def sheet(item: Item, target: Any, outputs: Mapping[str, np.ndarray]) -> Any:
 
 
 def write_pictures(
-    options: Options, folder: Any, item: Item, target: Any, outputs: dict[str, Any]
+    options: Options,
+    folder: Any,
+    item: Item,
+    target: Any,
+    outputs: dict[str, Any],
+    rows: tuple[int, int],
 ) -> None:
-    """NAME-inverted.png, the picture or the sheet, and NAME-LABEL.png of one photo."""
-    first = sheet(item, target, outputs) if options.side_by_side else outputs[INVERSION]
+    """NAME-inverted.png, the picture or the sheet, and NAME-LABEL.png of one photo.
+
+    Of the outputs, but on the sheet, only `rows` are written, first and one after last.
+    """
+    first = outputs[INVERSION][slice(*rows)]
+    if options.side_by_side:
+        first = sheet(item, target, outputs)
     images.save_image(folder / f"{item.name}-inverted.png", first)
     for label, picture in outputs.items():
         if label != INVERSION:
-            images.save_image(folder / f"{item.name}-{label}.png", picture)
+            images.save_image(
+                folder / f"{item.name}-{label}.png", picture[slice(*rows)]
+            )
 
 
 def write_results(
@@ -682,6 +717,7 @@ def main(args: list[str] | None = None) -> None:
     targets = find_targets(options.target, paths)
     generator, params = pipeline.load_generator(generator_name(options))
     encoder, reading = None, Reading("photo", generator.size, align=options.align)
+    shown = 0, generator.size
     if options.encoder != "optimize":
         encoder = load_encoder(options.encoder, generator)
         check_encoder(options, encoder)
@@ -692,7 +728,9 @@ def main(args: list[str] | None = None) -> None:
             nearest=options.nearest_labels,
             factors=options.factors,
             align=options.align,
+            rows=encoder.rows(encoder.module.size) if encoder.sees_band else (),
         )
+        shown = encoder.rows(generator.size)
     changes, judges = read_changes(options, generator, params), {}
     if targets:
         judges = metrics.load_judges(options.perceptual_net, options.identity_net)
@@ -723,7 +761,7 @@ def main(args: list[str] | None = None) -> None:
             tqdm.write(f"{item.name}: {found['w_plus'][i].shape} code{loss}")
             if not options.codes_only:
                 mine = {label: x[i] for label, x in drawn.items()}
-                write_pictures(options, out.parent, item, wanted[i], mine)
+                write_pictures(options, out.parent, item, wanted[i], mine, shown)
             if options.video:
                 frames = pipeline.pictures(generator, params, found["path"][:, i])
                 path = out.parent / f"{item.name}-search.webp"
