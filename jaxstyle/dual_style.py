@@ -1,15 +1,21 @@
-"""Pictures in the style of one of a DualStyleGAN's exemplars."""
+"""Pictures in the style of a DualStyleGAN's exemplars, stored ones and new ones."""
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax import Array
 
-from jaxstyle import weights
+from jaxstyle import images, pipeline, weights
+from jaxstyle import refine as refining
+from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.dualstylegan import (
     NUM_WEIGHTS,
     STRUCTURE_ROWS,
@@ -17,8 +23,17 @@ from jaxstyle.dualstylegan import (
     style_weights,
     to_w_plus,
 )
+from jaxstyle.encoders import encode
+from jaxstyle.encoding import CROP_SIZE, load_encoder
 from jaxstyle.errors import UserError
+from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
+from jaxstyle.invert import Search, invert
 from jaxstyle.stylegan2 import Generator, Params
+
+# Published truncation of the face's code, towards 0.
+PSI = 0.75
+# Side of the pictures on the overview of a style.
+THUMB = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +43,29 @@ class DualOptions:
     style_id: tuple[str, ...] = ()
     """Exemplars of a DualStyleGAN style, by number or name; several give a sheet."""
     style_weights: str = "0.75,1"
-    """Their weights: structure,color, or one number for each of the 18 rows."""
+    """Their weights: structure,color, or 18 numbers, one a row; smaller models read the
+    first of them. 0 is the face as it is."""
     preserve_color: Literal["no", "code", "weights"] = "no"
-    """Keep the photo's colors: `code` gives the color transforms the photo's code, as
+    """Keep the face's colors: `code` gives the color transforms the face's code, as
     the published flag does; `weights` leaves them out, as color weights of 0 do."""
-    psi: float = 0.75
-    """Truncation of the photo's code, towards 0 as published; 1: none."""
+    blend: str = ""
+    """Make one exemplar of several: their shares, such as 0.3,0.7; or structure,color:
+    the structure of the first with the color of the second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NewOptions:
+    """An exemplar that the style was not trained with."""
+
+    style_encoder: str = ""
+    """Folder of the encoder to z+ that reads --style PICTURE, or `optimize`: a search.
+    Empty: the style's own encoder if it has one, else optimize."""
+    refine: int = 0
+    """Steps that move its code until the network gives the picture; published: 100.
+    0: none."""
+    rates: Annotated[refining.Rates, tyro.conf.OmitArgPrefixes] = refining.Rates()
+    align_style: bool = True
+    """Find and align the face in --style PICTURE; without it the middle is taken."""
 
 
 class Exemplar(NamedTuple):
@@ -42,17 +74,21 @@ class Exemplar(NamedTuple):
     Attributes:
       module, params: the path.
       code: of the exemplar, w+ [1, num_ws, w_dim].
+      face: its own face without the style, w+ [1, num_ws, w_dim].
       weights: of its rows, [18].
       psi: truncation of the photo's code.
       keep_color: take the color rows of the photo's code.
+      shown: the picture of a new exemplar, [h, h, 3].
     """
 
     module: DualStyleGAN
     params: Params
     code: Array
+    face: Array
     weights: np.ndarray
     psi: float
     keep_color: bool
+    shown: Any = None
 
 
 def parse_weights(text: str, option: str = "--style-weights") -> np.ndarray:
@@ -61,16 +97,22 @@ def parse_weights(text: str, option: str = "--style-weights") -> np.ndarray:
     Raises:
       UserError: anything else.
     """
-    try:
-        values = [float(part) for part in text.replace(" ", "").split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in (2, NUM_WEIGHTS) or not np.isfinite(values).all():
+    values = _numbers(text)
+    if len(values) not in (2, NUM_WEIGHTS):
         raise UserError(
             f"{option} is {text!r}; it must be two numbers, structure and color, or "
             f"{NUM_WEIGHTS}, one a row: 0.75,1"
         )
     return style_weights(*values) if len(values) == 2 else np.float32(values)
+
+
+def _numbers(text: str) -> list[float]:
+    """Finite numbers with commas, or nothing."""
+    try:
+        values = [float(part) for part in text.replace(" ", "").split(",")]
+    except ValueError:
+        return []
+    return values if np.isfinite(values).all() else []
 
 
 def is_dual(name: str) -> bool:
@@ -79,35 +121,249 @@ def is_dual(name: str) -> bool:
 
 
 def load(
-    name: str, options: DualOptions
+    name: str,
+    options: DualOptions,
+    *,
+    psi: float = PSI,
+    pictures: Sequence[Path] = (),
+    new: NewOptions | None = None,
+    search: Search = DEFAULT_SEARCH,
+    key: Array | None = None,
+    cache: Any = None,
 ) -> tuple[Generator, Params, dict[str, Exemplar]]:
     """A style folder's base generator, its parameters, and exemplars by label.
 
+    Args:
+      name: of the folder.
+      options: which exemplars, and how much of them.
+      psi: truncation of the faces' codes.
+      pictures: new exemplars; without any and without `style_id` it is an error.
+      new: how their codes are found.
+      search: options of that search, but for its space.
+      key: of the search.
+      cache: folder that keeps those codes, as NAME-DIGEST.npz; None keeps nothing.
+
     Raises:
-      UserError: no exemplar is chosen, or there is no such one.
+      UserError: no exemplar is chosen, or there is no such one; another mistake in the
+        options.
     """
     model, params = weights.load(name)
-    if not options.style_id:
-        count = len(model.exemplars.names)
+    if not options.style_id and not pictures:
+        count = len(model.exemplars.names) if "exemplars" in model else 0
+        stored = f", 0 to {count - 1} or a name" if count else ""
         raise UserError(
-            f"weights {name!r} hold {count} exemplars; choose with --style-id, 0 to "
-            f"{count - 1} or a name"
+            f"weights {name!r} hold {count} exemplars; choose with --style-id{stored}, "
+            "or give a picture with --style"
         )
     table = parse_weights(options.style_weights)
     if options.preserve_color == "weights":
         table = np.where(np.arange(NUM_WEIGHTS) < STRUCTURE_ROWS, table, 0)
+    keep_color = options.preserve_color == "code"
+    exemplar = partial(
+        Exemplar,
+        model.dual,
+        params["dual"],
+        weights=table,
+        psi=psi,
+        keep_color=keep_color,
+    )
     found = {}
     for style_id in options.style_id:
-        codes = model.exemplars.apply({"params": params["exemplars"]}, style_id)
-        found[str(model.exemplars.index(style_id))] = Exemplar(
-            model.dual,
-            params["dual"],
-            to_w_plus(model.generator, params["generator"], codes, "z_plus"),
-            table,
-            options.psi,
-            options.preserve_color == "code",
+        code, face = stored_codes(model, params, style_id)
+        found[str(model.exemplars.index(style_id))] = exemplar(code=code, face=face)
+    for path, label in zip(pictures, images.file_names(pictures), strict=True):
+        code, face, crop = new_codes(
+            name,
+            model,
+            params,
+            path,
+            new or NewOptions(),
+            search=search,
+            key=key,
+            cache=cache,
         )
+        found[label] = exemplar(code=code, face=face, shown=crop)
+    if options.blend:
+        found = {"+".join(found): blend(list(found.values()), options.blend)}
     return model.generator, params["generator"], found
+
+
+def stored_codes(
+    model: Mapping[str, Any], params: Params, style_id: str | int
+) -> tuple[Array, Array]:
+    """Codes of a stored exemplar and of its face, both w+ [1, num_ws, w_dim].
+
+    Its own code stands in for the face's if that is not kept.
+
+    Raises:
+      UserError: no such exemplar.
+    """
+    exemplars, tables = model["exemplars"], {"params": params["exemplars"]}
+    code = exemplars.apply(tables, style_id)
+    face = code
+    if "intrinsic" in params["exemplars"]:
+        face = exemplars.apply(tables, style_id, "intrinsic")
+    return tuple(
+        _to_w_plus(model["generator"], params["generator"], c) for c in (code, face)
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _to_w_plus(generator, params, codes):
+    return to_w_plus(generator, params, codes, "z_plus")
+
+
+def new_codes(
+    name: str,
+    model: Mapping[str, Any],
+    params: Params,
+    path: Path,
+    options: NewOptions,
+    *,
+    search: Search = DEFAULT_SEARCH,
+    key: Array | None = None,
+    cache: Any = None,
+) -> tuple[Array, Array, np.ndarray]:
+    """A picture as an exemplar: codes of it and of its face, and the picture cut out.
+
+    Both codes are w+ [1, num_ws, w_dim]. The face's is what the encoder gives: taking
+    the style out of it needs the portrait generator of the style's training
+    (`train.destylize`).
+
+    Args:
+      name, model, params: of the style.
+      path: of the picture.
+      options: see there.
+      search: see `load`.
+      key: of the searches.
+      cache: folder that keeps the codes; None keeps nothing.
+
+    Raises:
+      UserError: not a picture, no face in it, an encoder that does not give z+.
+    """
+    if options.refine < 0:
+        raise UserError(f"--refine is {options.refine}; it must be 0 or a few hundred")
+    generator, base = model["generator"], params["generator"]
+    crop = style_crop(path, max(CROP_SIZE, generator.size), options.align_style)
+    how = options.style_encoder or (
+        name
+        if weights.read_config(name)["metadata"].get("space") == "z_plus"
+        and "encoder" in model
+        else "optimize"
+    )
+    search = dataclasses.replace(search, space="z_plus")
+    said: Any = dataclasses.astuple(search)
+    if how != "optimize":
+        said = f"{how} {(weights.resolve(how) / 'config.json').stat().st_mtime}"
+    numbers = (said, options.refine, dataclasses.astuple(options.rates))
+    sha = hashlib.sha256(crop.tobytes())
+    sha.update(repr((weights.digest(params), numbers)).encode())
+    kept = None
+    if cache is not None:
+        kept = cache / f"{path.stem}-{sha.hexdigest()[:8]}.npz"
+        if kept.exists():
+            print(f"exemplar's code of an earlier run: {kept}")
+            codes, _ = pipeline.read_codes(kept, generator)
+            return jnp.asarray(codes[:1]), jnp.asarray(codes[1:]), crop
+    key = jax.random.key(0) if key is None else key
+    face = z_plus_code(generator, base, crop, how, search=search, key=key)
+    code = face
+    if options.refine:
+        networks, frozen = refining.judge_of(model, params)
+        targets = pipeline.resize(jnp.asarray(crop)[None], refining.SIZE)
+        frozen |= {"intrinsic": jnp.asarray(face), "targets": targets}
+        code, _ = refining.refine(
+            networks,
+            frozen,
+            face,
+            steps=options.refine,
+            rates=options.rates,
+            key=jax.random.fold_in(key, 1),
+        )
+    found = [_to_w_plus(generator, base, jnp.asarray(c)) for c in (code, face)]
+    if kept is not None:
+        pipeline.write_codes(kept, w_plus=np.concatenate(found), z_plus=code)
+    return found[0], found[1], crop
+
+
+def style_crop(path: Path, size: int, align: bool) -> np.ndarray:
+    """The face in a picture of a style, [size, size, 3]."""
+    try:
+        crop, _ = prepare(path, size, AlignOptions(align=align))
+    except UserError as error:
+        if not align or not Path(path).is_file():
+            raise
+        raise UserError(
+            f"--style {error}; or, if the picture is only a face: --no-align-style"
+        ) from None
+    return images.to_array(crop)
+
+
+def z_plus_code(
+    generator: Generator,
+    params: Params,
+    crop: np.ndarray,
+    how: str,
+    *,
+    search: Search,
+    key: Array,
+) -> np.ndarray:
+    """The code of a picture [h, h, 3], z+ [1, num_ws, z_dim].
+
+    Args:
+      generator, params: of the style.
+      crop: the picture.
+      how: `optimize`, or an encoder's folder.
+      search, key: of that search, in z_plus.
+
+    Raises:
+      UserError: an encoder of other codes.
+    """
+    if how == "optimize":
+        found = invert(generator, params, crop[None], search=search, key=key)
+        return found["z_plus"]
+    encoder = load_encoder(how, generator)
+    if encoder.space != "z_plus" or encoder.inputs != "photo":
+        raise UserError(
+            f"--style-encoder {how} gives codes of {encoder.space} from "
+            f"{encoder.inputs}; exemplars need one of python -m train.psp --space "
+            "z_plus, or optimize"
+        )
+    x = pipeline.resize(jnp.asarray(crop)[None], encoder.module.size)
+    return np.asarray(
+        jax.jit(encode, static_argnums=0)(encoder.module, encoder.params, x)
+    )
+
+
+def blend(exemplars: Sequence[Exemplar], text: str) -> Exemplar:
+    """One exemplar of several of a style, mixed in w+.
+
+    Args:
+      exemplars: at least two.
+      text: shares with commas, brought to a sum of 1; or `structure,color`: the rows up
+        to 6 of the first and the others of the second.
+
+    Raises:
+      UserError: another text, or another number of shares than of exemplars.
+    """
+    first = exemplars[0]
+    if text.replace(" ", "") == "structure,color" and len(exemplars) == 2:
+        rows = jnp.arange(first.code.shape[1])[:, None] < STRUCTURE_ROWS
+        parts = [[getattr(e, f) for e in exemplars] for f in ("code", "face")]
+        code, face = (jnp.where(rows, *pair) for pair in parts)
+        return first._replace(code=code, face=face, shown=None)
+    shares = np.float32(_numbers(text))
+    if len(shares) != len(exemplars) or len(shares) < 2 or not shares.sum() > 0:
+        raise UserError(
+            f"--blend is {text!r} for {len(exemplars)} exemplars; give each a share, "
+            "such as 0.3,0.7, or of two structure,color"
+        )
+    shares = shares / shares.sum()
+    code, face = (
+        sum(w * getattr(e, f) for w, e in zip(shares, exemplars, strict=True))
+        for f in ("code", "face")
+    )
+    return first._replace(code=code, face=face, shown=None)
 
 
 @partial(jax.jit, static_argnames=("generator", "module", "noise"))
@@ -143,7 +399,7 @@ def picture(
       exemplar: see `load`.
       generator, base: the intrinsic path.
       code: of the face, w+ [num_ws, w_dim].
-      intensity: times all weights.
+      intensity: times all weights, and of the truncation: 0 is the face itself.
       noise, key: as in `Generator`; one key a picture, [1].
 
     Returns:
@@ -153,6 +409,11 @@ def picture(
     if exemplar.keep_color:
         other = other.at[:, STRUCTURE_ROWS:].set(face[:, STRUCTURE_ROWS:])
     table = exemplar.weights * np.float32(intensity)
+    psi = np.float32(1 + (exemplar.psi - 1) * intensity)
+    if not table[: generator.num_ws].any():
+        # To the bit what the plain generator draws: another program rounds otherwise.
+        codes = np.asarray(face) * psi
+        return pipeline.pictures(generator, base, codes, noise=noise, keys=key)[0]
     image = _draw(
         generator,
         base,
@@ -161,8 +422,48 @@ def picture(
         face,
         other,
         table,
-        exemplar.psi,
+        psi,
         noise,
         key,
     )
     return np.asarray(image[0])
+
+
+def portrait(exemplar: Exemplar, generator: Generator, base: Params) -> np.ndarray:
+    """An exemplar as the style itself draws it: its own face, all weights 1."""
+    whole = exemplar._replace(weights=style_weights(), psi=1.0, keep_color=False)
+    return picture(whole, generator, base, exemplar.face[0])
+
+
+def overview(
+    name: str, options: DualOptions, psi: float = PSI, code: Any = None
+) -> tuple[Any, list[str]]:
+    """A sheet of all exemplars of a style, under each its number.
+
+    Args:
+      name: of the folder.
+      options: weights and colors, for a face.
+      psi: truncation of the face's code.
+      code: a face, w+ [num_ws, w_dim], to draw with each of them; None: the exemplars.
+
+    Returns:
+      The sheet, and the exemplars' names in order.
+
+    Raises:
+      UserError: the folder holds no exemplars.
+    """
+    names = list(weights.load(name)[0].exemplars.names)
+    ids = tuple(str(i) for i in range(len(names)))
+    wanted = dataclasses.replace(options, style_id=ids, blend="")
+    generator, base, found = load(name, wanted, psi=psi)
+    tiles = []
+    for exemplar in found.values():
+        if code is None:
+            drawn = portrait(exemplar, generator, base)
+        else:
+            drawn = picture(exemplar, generator, base, code)
+        tile = images.to_pil(drawn)
+        tile.thumbnail((THUMB, THUMB))
+        tiles.append(tile)
+    columns = int(np.ceil(np.sqrt(1.5 * len(tiles))))
+    return images.grid(tiles, columns, captions=ids), names

@@ -5,6 +5,8 @@
     python -m jaxstyle.stylize holiday/ --weights runs/jojo-art runs/jojo-oil
     python -m jaxstyle.stylize me.jpg --paste-back --out me_art.png
     python -m jaxstyle.stylize me.jpg --weights weights/cartoon --style-id 53
+    python -m jaxstyle.stylize me.jpg --weights weights/cartoon --style art.png
+    python -m jaxstyle.stylize --overview --weights weights/cartoon
 
 The face is cut out and turned upright, its code is found on the generator that the
 style was finetuned from, and the finetuned generator draws the code again. The code is
@@ -13,13 +15,13 @@ kept beside the result, so that another style or intensity of the same photo is 
 Intensities between 0 and 1 mix the features of both generators layer by layer, the mix
 being the input of both next layers (JoJoGAN, arXiv 2112.11641): not a cross-fade.
 
-Of a DualStyleGAN style one of its exemplars is chosen, and how much of its structure
-and of its color; the intensity is a factor of both.
+Of a DualStyleGAN style one of its exemplars is chosen, or a picture becomes a new one,
+and how much of its structure and of its color; the intensity is a factor of both.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +50,10 @@ CROP_SIZE = 256
 class Options:
     """Options of jaxstyle.stylize."""
 
-    photo: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")]
-    """A photo, or a folder of photos."""
+    photo: Annotated[
+        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")
+    ] = None
+    """A photo, or a folder of photos; --overview needs none."""
     weights: tuple[str, ...] = ()
     """Runs or folders of finetuned generators; several give a sheet of styles. None:
     the newest finished run under runs/."""
@@ -64,7 +68,8 @@ class Options:
     step: int | None = None
     """Another checkpoint of a run than its last."""
     style: str | None = None
-    """One style of a run that learned several: its name or number. None: all."""
+    """One style of a run that learned several: its name or number. None: all. Of a
+    DualStyleGAN style a picture, or a folder of such: a new exemplar."""
     base: str = ""
     """The generator the style was finetuned from; empty: the one the run names."""
     paste_back: bool = False
@@ -78,8 +83,17 @@ class Options:
     encoder: str = ""
     """Finds the photo's code: an encoder's folder, or `optimize`, which needs none.
     Empty: the encoder stored with the base if there is one, else optimize."""
+    psi: float = dual_style.PSI
+    """Of a DualStyleGAN style: truncation of the photo's code, towards 0 as published;
+    1: none."""
+    overview: bool = False
+    """Of a DualStyleGAN style: write OUT/overview.png, its exemplars by number; with a
+    photo, the photo in the style of each."""
     dual: Annotated[dual_style.DualOptions, tyro.conf.OmitArgPrefixes] = (
         dual_style.DualOptions()
+    )
+    new: Annotated[dual_style.NewOptions, tyro.conf.OmitArgPrefixes] = (
+        dual_style.NewOptions()
     )
     search: Annotated[Search, tyro.conf.OmitArgPrefixes] = DEFAULT_SEARCH
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
@@ -115,7 +129,7 @@ def load_styles(
     style: str | None = None,
     base: str = "",
     own_base: bool = False,
-    dual: dual_style.DualOptions | None = None,
+    dual: Callable[[str], list[Style]] | None = None,
 ) -> list[Style]:
     """Finetuned generators, each with its base.
 
@@ -125,21 +139,18 @@ def load_styles(
       style: one style of a run that learned several.
       base: instead of the base that the folders name.
       own_base: a folder that names none is its own base, instead of an error.
-      dual: which exemplars of a DualStyleGAN's folder; None takes such a folder for
+      dual: gives the styles of a DualStyleGAN's folder; None takes such a folder for
         its generator.
 
     Raises:
-      UserError: a folder that names no base, or one of another architecture; exemplars
-        for a folder that has none.
+      UserError: a folder that names no base, or one of another architecture.
     """
     bases: dict[str, tuple[Generator, Params]] = {}
     styles = []
     for name in names:
         if dual is not None and dual_style.is_dual(name):
-            styles += dual_styles(name, dual)
+            styles += dual(name)
             continue
-        if dual is not None and dual.style_id:
-            raise UserError(f"--style-id is given, but {name} is no DualStyleGAN style")
         metadata = weights.read_config(name)["metadata"]
         base_name = base or metadata.get("base") or (name if own_base else "")
         if not base_name:
@@ -176,9 +187,16 @@ def load_styles(
     ]
 
 
-def dual_styles(name: str, options: dual_style.DualOptions) -> list[Style]:
-    """The chosen exemplars of a DualStyleGAN's folder, which is its own base."""
-    generator, params, exemplars = dual_style.load(name, options)
+def dual_styles(
+    name: str, options: dual_style.DualOptions, **arguments: Any
+) -> list[Style]:
+    """The chosen exemplars of a DualStyleGAN's folder, which is its own base.
+
+    Args:
+      name: of the folder.
+      options, arguments: of `dual_style.load`.
+    """
+    generator, params, exemplars = dual_style.load(name, options, **arguments)
     return [
         Style(
             name=f"{Path(name).name}-{label}",
@@ -366,6 +384,38 @@ def is_file(out: str) -> bool:
     return True
 
 
+def chosen_styles(options: Options, names: Sequence[str]) -> list[Style]:
+    """The styles that the options ask for.
+
+    Raises:
+      UserError: see `load_styles`; options of exemplars for other weights.
+    """
+    dual = [name for name in names if dual_style.is_dual(name)]
+    if not dual and (options.dual, options.new) != (
+        dual_style.DualOptions(),
+        dual_style.NewOptions(),
+    ):
+        raise UserError(
+            "--style-id and the other options of exemplars are given, but "
+            f"{', '.join(names)} is no DualStyleGAN style"
+        )
+    pictures = images.image_files(options.style) if dual and options.style else []
+    out = epath.Path(options.out)
+    load = partial(
+        dual_styles,
+        options=options.dual,
+        psi=options.psi,
+        pictures=pictures,
+        new=options.new,
+        search=options.search,
+        key=jax.random.key(options.seed),
+        cache=out.parent if is_file(options.out) else out,
+    )
+    return load_styles(
+        names, step=options.step, style=options.style, base=options.base, dual=load
+    )
+
+
 def draw(
     options: Options, styles: Sequence[Style], photo: Path, name: str, face: Any
 ) -> Any:
@@ -434,23 +484,75 @@ def compose(
     """The sheet of one photo: photo, inversion, references and results."""
     labels = ["photo", "inversion", *(s.name for s in styles)]
     pictures = [crop, inversion, *results]
-    kept = [images.open_image(s.reference) if s.reference else None for s in styles]
-    if len(styles) == 1 and kept[0]:
-        labels.insert(2, "reference")
+    kept = [reference_of(style) for style in styles]
+    if len(styles) == 1 and kept[0] is not None:
+        labels.insert(2, "exemplar" if styles[0].exemplar else "reference")
         pictures.insert(2, kept[0])
-    elif any(kept):
+    elif any(k is not None for k in kept):
         blank = np.ones_like(crop)
-        pictures += [blank, blank, *(k or blank for k in kept)]
+        pictures += [blank, blank, *(blank if k is None else k for k in kept)]
     return images.grid(pictures, len(labels), column_labels=labels)
+
+
+def reference_of(style: Style) -> Any:
+    """What the style was learned from, as a picture, or None.
+
+    Of an exemplar the picture that was given, else what the style draws of its codes.
+    """
+    if style.exemplar is None:
+        return images.open_image(style.reference) if style.reference else None
+    if style.exemplar.shown is not None:
+        return style.exemplar.shown
+    return dual_style.portrait(style.exemplar, style.generator, style.base)
+
+
+def draw_overview(options: Options, names: Sequence[str]) -> None:
+    """OUT/overview.png: the exemplars, or the photo in the style of each.
+
+    Raises:
+      UserError: other weights than one DualStyleGAN style.
+    """
+    if len(names) != 1 or not dual_style.is_dual(names[0]):
+        raise UserError(
+            f"--overview shows the exemplars of one DualStyleGAN style, not of "
+            f"{', '.join(names)}"
+        )
+    (name,), code = names, None
+    generator, params = pipeline.load_generator(name)
+    out = epath.Path(options.out)
+    path = out if is_file(options.out) else out / "overview.png"
+    if options.photo is not None:
+        crop, _ = prepare(options.photo, max(CROP_SIZE, generator.size), options.align)
+        code = photo_code(
+            images.to_array(crop),
+            generator,
+            params,
+            encoder=choose_encoder(options.encoder, name),
+            search=options.search,
+            seed=options.seed,
+            cache=path.parent / options.photo.stem,
+        )
+    sheet, exemplars = dual_style.overview(name, options.dual, options.psi, code)
+    for i, exemplar in enumerate(exemplars):
+        print(f"{i:4d}  {exemplar}")
+    print(images.save_image(path, sheet))
 
 
 def check(options: Options) -> None:
     """Refuse options that cannot be.
 
     Raises:
-      UserError: one file for a folder of photos, the photo itself as `--out`, or one
-        face's points for a folder.
+      UserError: no photo, one file for a folder of photos, the photo itself as `--out`,
+        or one face's points for a folder.
     """
+    if options.photo is None:
+        if options.overview:
+            return
+        raise UserError("no photo is given; name a picture or a folder of pictures")
+    if options.photo.is_dir() and options.overview:
+        raise UserError(
+            f"--overview takes one photo or none, but {options.photo} is a folder"
+        )
     if options.photo.is_dir() and (options.align.eyes or options.align.mouth):
         raise UserError(
             f"--eyes and --mouth are for one photo, but {options.photo} is a folder; "
@@ -473,15 +575,11 @@ def main(args: list[str] | None = None) -> None:
     options = parse(Options, "jaxstyle.stylize", __doc__, args)
     use_compilation_cache()
     check(options)
-    photos = images.image_files(options.photo)
     names = options.weights or (pipeline.newest_run(),)
-    styles = load_styles(
-        names,
-        step=options.step,
-        style=options.style,
-        base=options.base,
-        dual=options.dual,
-    )
+    if options.overview:
+        return draw_overview(options, names)
+    photos = images.image_files(options.photo)
+    styles = chosen_styles(options, names)
     for style in styles:
         layer_shares(style.generator, options.intensity, options.layers)
     newest = "" if options.weights else " (the newest finished run)"
