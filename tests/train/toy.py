@@ -1,6 +1,8 @@
 """A scheme of a few numbers for the tests of the core; also a command."""
 
 import dataclasses
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,9 @@ class Options:
     """Step that spoils a parameter."""
     padding: int = 1
     """Extra numbers in the state."""
+    die_at_rename: int = 0
+    """Kill this process before it renames the checkpoint of that number to its name;
+    negative: after it."""
 
 
 def options(out, **values):
@@ -88,7 +93,7 @@ def run(options, mesh, **arguments):
         extra={
             "count": jnp.zeros((), jnp.int32),
             "drawn": jnp.zeros(()),
-            "padding": jnp.zeros(options.padding),
+            "padding": jax.random.normal(jax.random.key(2), options.padding),
         },
     )
     seed, batch = options.run.seed, options.run.batch
@@ -105,10 +110,28 @@ def run(options, mesh, **arguments):
     )
 
 
+def die_at_rename(number):
+    """See `Options.die_at_rename`."""
+    rename, seen = os.rename, []
+
+    def watched(old, new, **more):
+        ours = os.path.basename(new).isdigit()
+        seen.extend([new] * ours)
+        if ours and len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(old, new, **more)
+        if ours and len(seen) == -number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = watched
+
+
 @wrap
 def main():
     """The command of the tests that need a process of their own."""
     options = cli.parse(Options, "toy")
+    if options.die_at_rename:
+        die_at_rename(options.die_at_rename)
     run(options, cli.start(options.run))
 
 
