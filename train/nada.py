@@ -18,7 +18,13 @@ Gal et al., "StyleGAN-NADA: CLIP-Guided Domain Adaptation of Image Generators", 
 
 No picture is needed, no discriminator, and no more than a few hundred steps. CLIP's
 weights do not ship with us: give OpenAI's ViT-B-32.pt, a folder of Hugging Face's, or a
-name that is in their cache. Look at samples/: the upper row is the frozen generator,
+name that is in their cache. What ships is a small CLIP of the heads that the model in
+the package draws (`train.clip_heads`); it is that model's default and knows the words
+of its captions alone:
+
+    python -m train.nada --source "a photo" --target "a pencil drawing"
+
+Look at samples/: the upper row is the frozen generator,
 and people in the lower one should stay themselves. If all become one, stop earlier.
 
 On many chips the batch is split over the `data` axis; CLIP and both generators are on
@@ -51,6 +57,10 @@ from train.state import TrainState, create_state
 # The published code scales rate and betas for a lazy regularisation that it leaves out.
 LAZY = 4 / 5
 GRID = 5
+# Judges the model in the package; see train.clip_heads.
+SMALL_CLIP = "clip_heads"
+# Steps with pictures as the target, published as 400 to 600.
+PICTURE_STEPS = 500
 # Texts after the paper's figures; settings as published for the kind of change: style
 # 200-400 steps with all layers, identity 150-200, shape with a choice of layers.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -64,6 +74,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "elf": {"source": "human", "target": "Tolkien elf", "steps": 200},
     "werewolf": {"source": "human", "target": "werewolf", "improve_shape": True},
     "zombie": {"source": "human", "target": "zombie", "improve_shape": True},
+    "ghost-car": {
+        "source": "car",
+        "target": "ghost car",
+        "steps": 450,
+        "clip": ("ViT-B/32", "ViT-B/16"),
+    },
     "dog-to-cat": {
         "source": "dog",
         "target": "cat",
@@ -88,15 +104,19 @@ class Options:
     """Source, target and settings for a known change; flags of your own win."""
     weights: str = weights.DEFAULT
     """Base networks: a name we ship, a converted folder, or a run."""
-    clip: tuple[str, ...] = ("ViT-B/32",)
+    clip: tuple[str, ...] = ()
     """CLIP models: files, folders, names (ViT-B/32, ViT-B/16, ViT-L/14) or hub ids in
-    the local cache. Two, ViT-B/32 and ViT-B/16, for changes of shape and pictures."""
+    the local cache. Not given: as published, ViT-B/32, and ViT-B/16 too for changes of
+    shape and for pictures; for the model in the package the small one beside it."""
     clip_weights: tuple[float, ...] = ()
     """Weight of each model's loss; not given: 1."""
     text_embeddings: tuple[Path, ...] = ()
     """Files of python -m train.nada_text, one a CLIP model: no text tower is loaded."""
     vocabulary: str = ""
     """Tokenizer files, see train.nada_text."""
+    templates: tuple[str, ...] = ()
+    """Sentences whose embeddings are averaged, with {} for --source and --target. Not
+    given: those of a CLIP's own captions, else the published 79."""
     download: bool = False
     """Fetch hub ids that are not in the local cache."""
     resize: Resize = "antialias"
@@ -391,7 +411,9 @@ def anchors_of(
     found = {}
     if options.source:
         parts = bool(options.terms.lambda_patch)
-        found = nada_losses.anchors(judge, options.source, options.target, parts)
+        found = nada_losses.anchors(
+            judge, options.source, options.target, parts, options.templates
+        )
     if not options.ref:
         return found
     module, vision = judge.module, {"vision": judge.params["vision"]}
@@ -486,12 +508,16 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
 def read(args: list[str] | None) -> Options:
     """The options of a command line, over those of a preset."""
     options = parse(Options, __doc__, args)
-    if not options.preset:
+    wanted: dict[str, Any] = {}
+    if options.preset:
+        wanted = dict(PRESETS[options.preset])
+        print(f"preset {options.preset}: {wanted}", flush=True)
+    elif options.ref:
+        wanted = {"steps": PICTURE_STEPS}
+    if not wanted:
         return options
-    wanted = dict(PRESETS[options.preset])
     run = dataclasses.replace(Options().run, steps=wanted.pop("steps", 300))
     default = dataclasses.replace(Options(), run=run, **wanted)
-    print(f"preset {options.preset}: {PRESETS[options.preset]}", flush=True)
     return parse(Options, __doc__, args, default)
 
 
@@ -513,11 +539,16 @@ def resolve(options: Options, size: int) -> Options:
         raise UserError(
             "nothing says where to go: give --source and --target, --ref, or --preset"
         )
+    if not options.clip:
+        clip = ("ViT-B/32", "ViT-B/16")
+        if options.weights == weights.DEFAULT:
+            clip = (SMALL_CLIP,)
+        elif not options.improve_shape and not options.ref:
+            clip = clip[:1]
+        options = dataclasses.replace(options, clip=clip)
     if options.improve_shape:
-        both = ("ViT-B/32", "ViT-B/16")
         options = dataclasses.replace(
             options,
-            clip=both if options.clip == Options.clip else options.clip,
             choose_steps=options.choose_steps or 1,
             mixing=options.mixing or 0.9,
         )

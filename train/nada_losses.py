@@ -17,7 +17,7 @@ The text's embeddings are averages over templates, see `train.nada_text`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,7 +27,7 @@ from jax import Array, lax
 from jaxstyle.errors import UserError
 from jaxstyle.features.clip import normalise
 from jaxstyle.features.clip_text import Judge
-from train.nada_text import PARTS, filled, needed
+from train.nada_text import PARTS, filled, needed, templates_of
 
 # Side of the patches of both patch losses, and how many of a picture the second takes.
 PATCH, SMALL_PATCH, SMALL_PATCHES = 510, 196, 4
@@ -53,22 +53,30 @@ class Terms:
     512 px on."""
 
 
-def anchors(judge: Judge, source: str, target: str, parts: bool = False) -> dict:
+def anchors(
+    judge: Judge,
+    source: str,
+    target: str,
+    parts: bool = False,
+    templates: Sequence[str] = (),
+) -> dict:
     """What a run compares with, from the text.
 
     Args:
       judge: a CLIP model.
       source, target: classes.
       parts: those of the patch losses too.
+      templates: see `train.nada_text.templates_of`.
     """
-    texts = needed(source, target, parts)
+    templates = templates_of(judge, templates)
+    texts = needed(source, target, parts, templates)
     known = dict(zip(texts, judge.encode_texts(texts), strict=True))
 
     def embeddings(texts):
         return jnp.stack([known[text] for text in texts])
 
     def in_templates(name):
-        return normalise(embeddings(filled(name)))
+        return normalise(embeddings(filled(name, templates)))
 
     before, after = in_templates(source), in_templates(target)
     single = normalise(embeddings([f"a {target}", target]))

@@ -20,7 +20,7 @@ import tyro
 
 from convert.clip import load_clip
 from jaxstyle.errors import UserError, cli
-from jaxstyle.features.clip_text import save_texts
+from jaxstyle.features.clip_text import Judge, save_texts
 from jaxstyle.options import parse
 
 TEMPLATES = tuple(
@@ -127,23 +127,46 @@ the head of the {}
 )
 
 
+def templates_of(judge: Judge, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """Those given, else those of the model's own captions, else the published ones.
+
+    Raises:
+      UserError: one of them has no {}.
+    """
+    templates = tuple(given) or judge.templates or TEMPLATES
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(
+                f"--templates has {template!r:.60}, where no {{}} stands for the class"
+            )
+    return templates
+
+
 def filled(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
     """A class in each template."""
     return [template.replace("{}", name) for template in templates]
 
 
-def needed(source: str, target: str, parts: bool = False) -> list[str]:
+def needed(
+    source: str,
+    target: str,
+    parts: bool = False,
+    templates: Sequence[str] = TEMPLATES,
+) -> list[str]:
     """All sentences that a run may need.
 
     Args:
       source, target: classes, put into the templates as they are.
       parts: those of the patch losses too, 15 times as many.
+      templates: with {} for the class.
     """
-    texts = [*filled(source), *filled(target), target, f"a {target}"]
+    texts = [*filled(source, templates), *filled(target, templates)]
+    texts += [target, f"a {target}"]
     if parts:
         for name in (source, target):
             named = filled(name, PARTS)
-            texts += named + [text for part in named for text in filled(part)]
+            texts += named
+            texts += [text for part in named for text in filled(part, templates)]
     return list(dict.fromkeys(texts))
 
 
@@ -163,6 +186,8 @@ class Options:
     """Further sentences."""
     parts: bool = False
     """The sentences of the patch loss too (15 times as many)."""
+    templates: tuple[str, ...] = ()
+    """As in train.nada."""
     vocabulary: str = ""
     """Tokenizer files: a folder, or OpenAI's bpe_simple_vocab_16e6.txt.gz; empty: those
     beside the model, else what ships with us."""
@@ -178,10 +203,7 @@ def main(args: list[str] | None = None) -> None:
     options = parse(Options, "train.nada_text", __doc__, args)
     if bool(options.source) != bool(options.target):
         raise UserError("--source and --target go together; give both or neither")
-    texts = list(options.text)
-    if options.source:
-        texts += needed(options.source, options.target, options.parts)
-    if not texts:
+    if not options.text and not options.source:
         raise UserError("there is no text: give --source and --target, or --text")
     out = options.out if options.out.endswith(".npz") else f"{options.out}.npz"
     if os.path.exists(out) and not options.force:
@@ -191,6 +213,10 @@ def main(args: list[str] | None = None) -> None:
         vocabulary=options.vocabulary or None,
         download=options.download,
     )
+    texts = list(options.text)
+    if options.source:
+        templates = templates_of(judge, options.templates)
+        texts += needed(options.source, options.target, options.parts, templates)
     save_texts(out, judge, texts)
     print(f"wrote {len(dict.fromkeys(texts))} texts to {out}")
 

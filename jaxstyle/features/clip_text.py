@@ -169,7 +169,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], module: CLIP) -> np.ndarray:
             if unknown := [t for t in row if t not in known]:
                 raise UserError(
                     f"text {text!r:.60}: this CLIP has not learned the word "
-                    f"{tokenizer.decode(unknown[:1]).strip()!r:.40}"
+                    f"{tokenizer.decode(unknown[:1]).strip()!r:.40}; use words of "
+                    f"{_words(tokenizer, module)}, or another CLIP"
                 )
         rows = [[known[t] for t in row] for row in rows]
     elif (largest := max(map(max, rows))) >= module.vocab_size:
@@ -179,6 +180,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], module: CLIP) -> np.ndarray:
         )
     length = max(map(len, rows))
     return np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+
+
+def _words(tokenizer: Any, module: CLIP) -> str:
+    """What a part of the vocabulary holds, shortened."""
+    words = sorted(tokenizer.decode([t]).strip() for t in module.token_ids[:-2])
+    return ", ".join(words[:60]) + (" ..." if len(words) > 60 else "")
 
 
 @partial(jax.jit, static_argnums=0)
@@ -199,6 +206,8 @@ class Judge:
       params: theirs; `text` may be missing.
       vocabulary: where its tokenizer's files are.
       texts: embeddings known beforehand, by text: [embed_dim], not normalised.
+      templates: sentences of the kind it learned from, with {} for what a class names;
+        () for the published models.
     """
 
     name: str
@@ -206,6 +215,7 @@ class Judge:
     params: Mapping[str, Any]
     vocabulary: str | os.PathLike = VOCABULARY
     texts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    templates: tuple[str, ...] = ()
 
     def encode_texts(self, texts: Sequence[str], batch: int = 32) -> Array:
         """Vectors [len(texts), embed_dim] of sentences, not normalised.

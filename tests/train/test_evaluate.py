@@ -11,7 +11,7 @@ from jaxstyle.errors import UserError
 from jaxstyle.features import judges
 from jaxstyle.features.identity import ArcFace
 from tests import small_models
-from train import evaluate, jojo
+from train import evaluate, jojo, nada, style_classifier, stylegan2
 
 
 def faces(n, size=32, seed=0):
@@ -86,9 +86,86 @@ def test_costs_of_a_command():
 
 def train_here(command):
     """Instead of a process of its own, which would compile everything again."""
-    assert command[:2] == ["-m", "train.jojo"]
-    jojo.main(command[2:])
+    schemes = {f"train.{m.__name__[6:]}": m for m in (jojo, nada, stylegan2)}
+    assert command[0] == "-m"
+    schemes[command[1]].main(command[2:])
     return 1.5, 200.0
+
+
+def save_teachers(folder, size=64):
+    """Pictures of four styles that a glance tells apart."""
+    folder.mkdir()
+    for i, style in enumerate(evaluate.TEACHERS):
+        pictures = faces(6, size, seed=i) * 20 + 30 + 60 * i
+        np.save(folder / f"{style}.npy", pictures.astype(np.uint8))
+    return folder
+
+
+def test_the_classifier_learns_styles(tmp_path):
+    folder = save_teachers(tmp_path / "teachers")
+    options = evaluate.Options(teachers=str(folder), classifier_steps=60)
+    judge = evaluate.classifier(options, {})
+    pictures = np.load(folder / "pencil.npy") / np.float32(127.5) - 1
+    assert evaluate.called(judge, pictures, "pencil") == {"called": 1.0}
+    assert evaluate.called(judge, pictures, "cel") == {"called": 0.0}
+    assert evaluate.called(judge, pictures, "lorelei") == {}
+    assert style_classifier.named(judge, pictures[:, ::2, ::2]).shape == (6,)
+    plain = evaluate.Options(out=tmp_path)
+    assert evaluate.classifier(plain, {"jojo": evaluate.METHODS["jojo"]}) is None
+    (folder / "cel.npy").unlink()
+    with pytest.raises(UserError, match="cel.npy is missing.*train.heads"):
+        evaluate.classifier(options, {})
+
+
+def test_commands_of_the_other_schemes(tmp_path):
+    folder = save_teachers(tmp_path / "teachers", 16)
+    options = evaluate.Options(teachers=str(folder), out=tmp_path)
+    texts, pictures, finetune = (
+        evaluate.command_of(options, evaluate.METHODS[name], "pencil")
+        for name in ("nada-text", "nada-pictures", "finetune+swap")
+    )
+    assert texts[1:] == [
+        *("train.nada", "--source", "a photo", "--target", "a pencil drawing")
+    ]
+    assert pictures[1:3] == ["train.nada", "--ref"] and len(pictures) == 7
+    assert images.to_array(images.open_image(pictures[3])).shape == (16, 16, 3)
+    assert finetune[1:] == ["train.stylegan2", "--data", str(folder / "pencil.npy")]
+
+
+@pytest.mark.slow
+def test_a_table_of_the_other_schemes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "_run", train_here)
+    base = small_models.save_base(tmp_path / "base")
+    for i, kind in enumerate(("photo", "cel", "pencil", "paint")):
+        (tmp_path / "heads" / kind).mkdir(parents=True)
+        for j, picture in enumerate(faces(2, seed=i)):
+            images.save_image(tmp_path / "heads" / kind / f"{j:05d}.png", picture)
+    teachers = save_teachers(tmp_path / "teachers", 16)
+    args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
+    args += ["--styles", "cel,lorelei", "--methods"]
+    args += ["nada-text,nada-pictures,finetune+swap", "--teachers", teachers]
+    args += ["--classifier-steps", 2, "--sheet-heads", 0, "--out", tmp_path / "out"]
+    clip = f"--clip {nada.SMALL_CLIP}"
+    monkeypatch.setitem(
+        evaluate.METHODS,
+        "nada-text",
+        evaluate.Method((*clip.split(),), scheme="nada-text"),
+    )
+    monkeypatch.setitem(
+        evaluate.METHODS,
+        "nada-pictures",
+        evaluate.Method((*clip.split(),), scheme="nada-pictures"),
+    )
+    evaluate.main([str(a) for a in [*args, "--extra=--steps 2"]])
+    assert "of the drawn are called so" in capsys.readouterr().out
+    records = json.loads((tmp_path / "out/table.json").read_text())
+    rows = {(r["style_name"], r["method"]): r for r in records}
+    for name in ("nada-text", "nada-pictures", "finetune+swap"):
+        row = rows["cel", name]
+        assert 0 <= row["called"] <= 1 and row["variety"] > 0 and row["ratio"] > 0
+        assert ("lorelei", name) not in rows
+    assert rows["cel", "inversion"]["variety"] == pytest.approx(1)
+    assert rows["cel", "reference"]["variety"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_small_table(tmp_path, capsys, monkeypatch):

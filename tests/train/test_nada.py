@@ -381,10 +381,28 @@ def test_presets_and_shape():
         assert options.run.steps == preset.get("steps", 300)
     options = nada.read(["--preset", "sketch", "--target", "pencil drawing"])
     assert options.target == "pencil drawing"
-    options = nada.resolve(nada.read(["--preset", "werewolf"]), 1024)
+    own = ["--weights", "weights/ffhq"]
+    options = nada.resolve(nada.read([*own, "--preset", "werewolf"]), 1024)
     assert (options.choose_steps, options.choose, options.mixing) == (1, 12, 0.9)
     assert options.clip == ("ViT-B/32", "ViT-B/16")
     assert options.run.out == "runs/nada-human-werewolf"
+
+
+def test_the_clip_that_is_not_named(tmp_path):
+    """The small one for the model in the package, else those of the paper."""
+    image = tmp_path / "a.png"
+    image.touch()
+    both = ("ViT-B/32", "ViT-B/16")
+    for args, clip, steps in (
+        ([], (nada.SMALL_CLIP,), 300),
+        (["--weights", "weights/ffhq"], both[:1], 300),
+        (["--weights", "weights/ffhq", "--ref", str(image)], both, 500),
+        (["--clip", "ViT-L/14", "--ref", str(image)], ("ViT-L/14",), 500),
+        (["--ref", str(image), "--steps", "40"], (nada.SMALL_CLIP,), 40),
+    ):
+        texts = ["--source", "photo", "--target", "sketch"]
+        options = nada.resolve(nada.read([*texts, *args]), 1024)
+        assert (options.clip, options.run.steps) == (clip, steps)
 
 
 def test_crossovers(base):

@@ -1,0 +1,572 @@
+"""A small CLIP of drawn heads, so that StyleGAN-NADA runs without anybody's weights.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+arXiv 2103.00020, on the pictures of `train.heads`, whose parameters give the captions:
+"a pencil drawing of an old man with short grey hair and a beard".
+
+1. Both towers and the tokenizer are those of `jaxstyle.features.clip`; the table of
+   tokens has the words of these captions alone, so any other word is refused.
+2. s_ij = exp(t) cos(E(x_i), T(c_j)). The loss is the mean of the cross entropies of the
+   rows and of the columns of s (figure 3). As the parameters tell which captions are
+   true of which pictures, all true ones of the batch share the probability (as in
+   Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", arXiv
+   2204.03610, eq. 3), not the picture's own alone.
+
+    python -m train.heads heads --n 1500 --seed 2 --size 64 --format npy \\
+        --styles photo,cel,duotone,pencil,paint
+    python -m train.clip_heads --data heads --out runs/clip
+    python -m train.nada --clip runs/clip/model --source "a photo" --target "a cartoon"
+
+Pictures are moved, mirrored, blurred and given noise, so that a generator which follows
+this CLIP cannot please it by noise of its own. OUT/model holds the towers in half
+precision. In metrics.jsonl: `style`, the share of held-out pictures whose style is
+named rightly among five; `words`, the same for age, hair and so on; `retrieval`, how
+often the nearest of all held-out captions is true, beside `retrieval_chance`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from PIL import Image
+
+from jaxstyle import images, weights
+from jaxstyle.errors import UserError, cli
+from jaxstyle.features import clip_text
+from jaxstyle.features.clip import CLIP, normalise
+from train import data, loop, optim
+from train.cli import RunOptions, Shared, parse, start, with_out
+from train.heads_params import HAIR
+from train.heads_render import STYLES
+from train.state import TrainState, create_state
+
+# What captions say of a head, and in which words.
+WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "style": {
+        "photo": ("photo", "photograph"),
+        "cel": ("cartoon", "cel shaded cartoon"),
+        "duotone": ("poster", "print"),
+        "pencil": ("pencil drawing", "sketch", "pencil sketch"),
+        "paint": ("painting", "oil painting"),
+    },
+    "sex": {"man": ("man",), "woman": ("woman",)},
+    "age": {"young": ("young",), "old": ("old",)},
+    "hair": {
+        "black": ("black",),
+        "brown": ("brown",),
+        "blond": ("blond", "blonde"),
+        "red": ("red",),
+        "grey": ("grey", "gray"),
+    },
+    "length": {"short": ("short",), "long": ("long",), "none": ("bald",)},
+    "beard": {"beard": ("a beard",)},
+    "mood": {"smiling": ("smiling",), "frowning": ("sad",)},
+    "skin": {"dark": ("dark skin",), "pale": ("pale skin",)},
+}
+ANYBODY = ("person", "face", "head")
+VALUES = {name: tuple(values) for name, values in WORDS.items()}
+# Where train.nada puts the names of styles.
+TEMPLATES = (
+    "{}",
+    "{} of a person",
+    "{} of a face",
+    "{} of a man",
+    "{} of a woman",
+    "{} of a young man",
+    "{} of a young woman",
+    "{} of an old man",
+    "{} of an old woman",
+    "{} of a smiling woman",
+    "{} of a man with a beard",
+    "{} of a woman with long hair",
+    "{} of a bald man",
+    "{} of a person with dark skin",
+    "{} of a person with pale skin",
+    "{} of a man with short black hair",
+    "{} of a woman with long blond hair",
+)
+CONTEXT = 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A small CLIP of drawn heads."""
+
+    data: tuple[Path, ...]
+    """Folders that `train.heads` wrote with --format npy, in any styles."""
+    run: Shared = RunOptions(
+        steps=2000, batch=64, log_every=20, sample_every=0, save_every=100
+    )
+    held_out: int = 100
+    """Heads at the end of each folder that are only measured on."""
+    size: int = 64
+    """Pixels a side that the vision tower takes."""
+    patch: int = 8
+    """Pixels a side of its patches."""
+    width: int = 96
+    """Width of both towers and of the common space."""
+    vision_layers: int = 3
+    """Layers of the vision tower."""
+    text_layers: int = 2
+    """Layers of the text tower."""
+    lr: float = 1.5e-3
+    """Learning rate, after the first 5 % and before the last 15 % of the steps."""
+    weight_decay: float = 0.05
+    """AdamW's."""
+    noise: float = 0.15
+    """Highest deviation of the noise on the pictures, which are in [-1, 1]."""
+    validate_every: int = 200
+    """Steps between measures on the held-out heads."""
+
+
+# Captions
+
+
+def facts(head: Mapping[str, Any]) -> np.ndarray:
+    """What is true of a head: int8 [len(WORDS)], places in `VALUES`, -1: nothing.
+
+    The first, its style, is open.
+    """
+    colour = np.linalg.norm(HAIR - np.array(head["hair"]), axis=1).argmin()
+    bald = head["hair_line"] == "none"
+    smile, frown = (
+        head["targets"].get(f"{name}Left", 0) for name in ("mouthSmile", "mouthFrown")
+    )
+    length = _of(head["hair_length"], (0.1, "short"), (1.0, "long"))
+    # HAIR has two browns, one after the other.
+    black, *colours = VALUES["hair"]
+    colours = (black, colours[0], *colours)
+    said = {
+        "style": None,
+        "sex": _of(head["male"], (0.3, "woman"), (0.7, "man")),
+        "age": _of(head["age"], (0.33, "young"), (0.6, "old")),
+        "hair": None if bald else colours[colour],
+        "length": "none" if bald else length,
+        "beard": "beard" if head["beard"] > 0 else None,
+        "mood": "smiling" if smile > 0.4 else "frowning" if frown > 0.2 else None,
+        "skin": _of(head["melanin"], (0.25, "pale"), (0.6, "dark")),
+    }
+    places = [
+        VALUES[name].index(value) if value else -1 for name, value in said.items()
+    ]
+    return np.array(places, np.int8)
+
+
+def _of(value: float, low: tuple[float, str], high: tuple[float, str]) -> str | None:
+    """The name of a value that is clearly low or clearly high."""
+    return low[1] if value < low[0] else high[1] if value > high[0] else None
+
+
+def caption(said: Mapping[str, str], rng: np.random.Generator) -> str:
+    """A sentence that says all of something: {"style": "cel", "sex": "man", ...}."""
+
+    def word(name: str) -> str:
+        words = WORDS[name][said[name]]
+        return words[rng.integers(len(words))]
+
+    def named(*names: str) -> list[str]:
+        return [word(name) for name in names if name in said]
+
+    features = named("beard", "skin")
+    if hair := named("length", "hair") if said.get("length") != "none" else []:
+        features.insert(0, " ".join([*hair, "hair"]))
+    words = named("mood", "age")
+    words += named("length") if said.get("length") == "none" else []
+    words += named("sex") or [ANYBODY[rng.integers(len(ANYBODY))]]
+    subject = " ".join(words)
+    if features:
+        subject += " with " + " and ".join(features)
+    if "style" not in said:
+        return with_article(subject)
+    style = word("style")
+    if rng.random() < 0.7:
+        style = with_article(style)
+    nothing = len(said) == 1 and rng.random() < 0.5
+    return style if nothing else f"{style} of {with_article(subject)}"
+
+
+def with_article(words: str) -> str:
+    """`old man` as `an old man`."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def chosen(true: np.ndarray, rng: np.random.Generator, share: float = 0.5) -> dict:
+    """A random part of what is true of a picture; its style in 6 of 7 captions."""
+    shares = [6 / 7 if name == "style" else share for name in WORDS]
+    keep = (rng.random(len(WORDS)) < shares) & (true >= 0)
+    return {
+        name: VALUES[name][place]
+        for name, place, kept in zip(WORDS, true, keep, strict=True)
+        if kept
+    }
+
+
+def claims(said: Mapping[str, str]) -> np.ndarray:
+    """What a caption says, as `facts`; -1: it leaves that open."""
+    return np.array(
+        [VALUES[n].index(said[n]) if n in said else -1 for n in WORDS], np.int8
+    )
+
+
+def is_true(claims: Array, facts: Array) -> Array:
+    """Which captions are true of which pictures, [pictures, captions].
+
+    Args:
+      claims: [captions, len(WORDS)].
+      facts: [pictures, len(WORDS)].
+    """
+    claims, facts = claims[None], facts[:, None]
+    return ((claims < 0) | (claims == facts)).all(-1)
+
+
+def vocabulary(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens of all words of the captions, ascending."""
+    words = [word for values in WORDS.values() for v in values.values() for word in v]
+    words += [*ANYBODY, *TEMPLATES, "a an of with and hair"]
+    rows = [tokenizer(word.replace("{}", ""))["input_ids"] for word in words]
+    return tuple(sorted({token for row in rows for token in row}))
+
+
+# Data
+
+
+class Heads(Sequence):
+    """Pictures uint8 [size, size, 3] and their facts, the styles in turn.
+
+    Args:
+      folders: of `train.heads`.
+      held_out: heads at the end of each folder.
+      train: all but those, or those alone.
+    """
+
+    def __init__(self, folders: Sequence[Path], held_out: int, train: bool = True):
+        self.folders = [str(folder) for folder in folders]
+        by_style: dict[str, list] = {style: [] for style in STYLES}
+        for folder in folders:
+            true = read_facts(folder)
+            cut = len(true) - held_out
+            for number, style in enumerate(VALUES["style"]):
+                file = Path(folder) / f"{style}.npy"
+                if not file.is_file():
+                    continue
+                pictures = np.load(file, mmap_mode="r")
+                if len(pictures) != len(true) or cut < 1:
+                    raise UserError(
+                        f"--data {folder} has {len(true)} heads and {len(pictures)} "
+                        f"pictures in {file.name}; --held-out is {held_out}: give a "
+                        "folder as train.heads wrote it, with more heads than that"
+                    )
+                some = slice(cut) if train else slice(cut, None)
+                own = true.copy()
+                own[:, 0] = number
+                rows = zip(range(len(true))[some], own[some], strict=True)
+                by_style[style] += [(pictures, i, row) for i, row in rows]
+        self.styles = [rows for rows in by_style.values() if rows]
+        if not self.styles:
+            given = " ".join(map(str, folders))
+            raise UserError(
+                f"--data {given} holds no STYLE.npy; draw heads with `python -m "
+                "train.heads OUT --format npy --styles photo,pencil`"
+            )
+        self.longest = max(map(len, self.styles))
+
+    def __len__(self) -> int:
+        return self.longest * len(self.styles)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.styles[index % len(self.styles)]
+        pictures, place, true = rows[index // len(self.styles) % len(rows)]
+        return np.array(pictures[place]), true
+
+    def name(self, index: int) -> str:
+        """Which picture."""
+        return f"picture {index} of {' '.join(self.folders)}"
+
+    def stamp(self) -> str:
+        """How many there are of each style."""
+        return " ".join(str(len(rows)) for rows in self.styles)
+
+
+def read_facts(folder: str | Path) -> np.ndarray:
+    """The facts of a folder's heads, int8 [n, len(WORDS)].
+
+    Raises:
+      UserError: there is no `heads.jsonl`, or a damaged one.
+    """
+    path = Path(folder) / "heads.jsonl"
+    try:
+        with open(path) as lines:
+            return np.stack([facts(json.loads(line)) for line in lines])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--data {folder}: {path.name} cannot be read ({error!r}); give a folder "
+            "that train.heads wrote"
+        ) from None
+
+
+def make_transform(tokenizer: Any, module: CLIP, noise: float):
+    """A picture and its facts to {image, tokens, facts, claims}, at random."""
+
+    def transform(item, rng):
+        picture, true = item
+        said = chosen(true, rng) or {"style": VALUES["style"][true[0]]}
+        tokens = clip_text.tokenize(tokenizer, [caption(said, rng)], module)[0]
+        tokens = np.pad(tokens, (0, module.context_length - len(tokens)))
+        return {
+            "image": varied(picture, module.image_size, noise, rng),
+            "tokens": tokens,
+            "facts": true,
+            "claims": claims(said),
+        }
+
+    return transform
+
+
+def varied(
+    picture: np.ndarray, size: int, noise: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A picture moved, mirrored, blurred and noisy, float32 [size, size, 3]."""
+    side = picture.shape[0]
+    zoom = rng.uniform(0.85, 1)
+    left, top = rng.uniform(0, 1 - zoom, 2)
+    box = tuple(side * x for x in (left, top, left + zoom, top + zoom))
+    small = int(size * rng.uniform(0.45, 1)) if rng.random() < 0.5 else size
+    image = Image.fromarray(picture)
+    image = image.resize((small, small), Image.Resampling.BILINEAR, box)
+    if small != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    x = images.to_array(image)
+    x = x * rng.uniform(0.85, 1.15) + rng.uniform(-0.1, 0.1)
+    x = x[:, ::-1] if rng.random() < 0.5 else x
+    x = x + rng.uniform(0, noise) * rng.standard_normal(x.shape, np.float32)
+    return np.ascontiguousarray(x, np.float32)
+
+
+# Loss and step
+
+
+def contrastive_loss(logits: Array, true: Array) -> Array:
+    """Cross entropy of the rows and of the columns, the true ones sharing equally.
+
+    Args:
+      logits: [pictures, captions].
+      true: of `is_true`, with at least one in each row and column.
+    """
+    true = true.astype(logits.dtype)
+
+    def along(axis):
+        target = true / jnp.sum(true, axis, keepdims=True)
+        return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits, axis), axis))
+
+    return (along(0) + along(1)) / 2
+
+
+def make_step(module: CLIP, tx: optax.GradientTransformation):
+    """The step of the scheme for `fit`."""
+
+    def step(state: TrainState, _: Any, batch: Any) -> tuple[TrainState, dict]:
+        true = is_true(batch["claims"], batch["facts"])
+
+        def loss(params):
+            apply = jax.tree_util.Partial(module.apply, {"params": params})
+            pictures = module.prepare(batch["image"])
+            logits = apply(pictures, batch["tokens"])
+            return contrastive_loss(logits, true)
+
+        params, opt_state = state.params["clip"], state.opt_state["clip"]
+        value, grads = jax.value_and_grad(loss)(params)
+        params, opt_state = optim.apply(tx, grads, opt_state, params)
+        # As published, the scale stays below 100.
+        scale = jnp.minimum(params["logit_scale"], jnp.log(100.0))
+        params = params | {"logit_scale": scale}
+        metrics = {"loss": value, "scale": jnp.exp(scale)}
+        state = state.replace(params={"clip": params}, opt_state={"clip": opt_state})
+        return state, metrics
+
+    return step
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """AdamW as published, the rate rising for 5 % of the steps, falling for 15 %."""
+    steps = options.run.steps
+
+    def rate(step):
+        up, down = step / max(0.05 * steps, 1), (steps - step) / max(0.15 * steps, 1)
+        return options.lr * jnp.clip(jnp.minimum(up, down), 0, 1)
+
+    return optax.adamw(
+        rate, 0.9, 0.98, eps=1e-6, weight_decay=options.weight_decay, mask=_is_matrix
+    )
+
+
+def _is_matrix(params: Any) -> Any:
+    """Norms, biases and the scale do not decay; layers lie along a first axis."""
+
+    def decays(path, _):
+        return optim.path_name(path).endswith(("weight", "token_embedding"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+# What it has learned
+
+
+def make_validate(module: CLIP, tokenizer: Any, held: Sequence, seed: int = 0):
+    """The measures of metrics.jsonl on the held-out heads; `val_loss` among them."""
+    count = min(len(held), 1000)
+    pictures, true = zip(*(held[i] for i in range(count)), strict=True)
+    pictures = np.stack([images.to_array(Image.fromarray(x)) for x in pictures])
+    true, rng = np.stack(true), np.random.default_rng(seed)
+    said = [chosen(row, rng, 0.7) or {"style": VALUES["style"][row[0]]} for row in true]
+    captions = [caption(one, rng) for one in said]
+    correct = np.asarray(is_true(np.stack([claims(one) for one in said]), true))
+
+    def measure(params: Any) -> dict[str, float]:
+        judge = clip_text.Judge("trained", module, params)
+        seen = embed_all(module, params, pictures)
+        texts = np.asarray(normalise(judge.encode_texts(captions)))
+        products = seen @ texts.T
+        scale = np.exp(float(params["logit_scale"]))
+        found = {
+            "val_loss": float(contrastive_loss(jnp.asarray(scale * products), correct)),
+            "retrieval": float(correct[np.arange(count), products.argmax(1)].mean()),
+            "retrieval_chance": float(correct.mean()),
+        }
+        shares = {name: named_rightly(judge, seen, true, name) for name in WORDS}
+        found["style"] = shares.pop("style")
+        found["words"] = float(np.mean([s for s in shares.values() if s is not None]))
+        return found | {f"word/{k}": v for k, v in shares.items() if v is not None}
+
+    return lambda state, _: measure(state.params["clip"])
+
+
+def named_rightly(judge, seen: np.ndarray, true: np.ndarray, name: str) -> float | None:
+    """Share of pictures whose value the nearest of the values' sentences names.
+
+    The mean over the values, so that chance is one over their number. None: nothing
+    to choose from.
+
+    Args:
+      judge: the CLIP.
+      seen: unit vectors [pictures, embed_dim].
+      true: facts [pictures, len(WORDS)].
+      name: of `WORDS`.
+    """
+    column, rng = true[:, list(WORDS).index(name)], np.random.default_rng(0)
+    values = [v for i, v in enumerate(VALUES[name]) if (column == i).any()]
+    if len(values) < 2:
+        return None
+    sentences = [
+        [caption({name: value}, rng) for _ in range(4)]
+        if name == "style"
+        else [caption({"style": s, name: value}, rng) for s in VALUES["style"]]
+        for value in values
+    ]
+    ends = [
+        normalise(jnp.mean(normalise(judge.encode_texts(texts)), 0))
+        for texts in sentences
+    ]
+    nearest = np.argmax(seen @ np.stack(ends).T, 1)
+    places = [VALUES[name].index(value) for value in values]
+    shares = [(nearest[column == p] == i).mean() for i, p in enumerate(places)]
+    return float(np.mean(shares))
+
+
+def embed_all(module: CLIP, params: Any, pictures: np.ndarray) -> np.ndarray:
+    """Unit vectors [n, embed_dim] of pictures [n, size, size, 3]."""
+    parts = [
+        _embed(module, {"vision": params["vision"]}, pictures[i : i + 100])
+        for i in range(0, len(pictures), 100)
+    ]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def _embed_of(module: CLIP, params: Any, pictures: Array) -> Array:
+    return module.apply({"params": params}, pictures, method="embed")
+
+
+_embed = jax.jit(_embed_of, static_argnums=0)
+
+
+def make_module(options: Options, tokenizer: Any) -> CLIP:
+    """The towers that the options describe, with the captions' tokens."""
+    tokens, width = vocabulary(tokenizer), options.width
+    heads = max(width // 32, 1)
+    return CLIP(
+        image_size=options.size,
+        patch_size=options.patch,
+        vision_width=width,
+        vision_layers=options.vision_layers,
+        vision_heads=heads,
+        vision_mlp=4 * width,
+        text_width=width,
+        text_layers=options.text_layers,
+        text_heads=heads,
+        text_mlp=4 * width,
+        vocab_size=len(tokens),
+        context_length=CONTEXT,
+        embed_dim=width,
+        token_ids=tokens,
+        mean=(0.5, 0.5, 0.5),
+        deviation=(0.5, 0.5, 0.5),
+        dtype=options.run.dtype,
+    )
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m train.clip_heads`."""
+    options = with_out(parse(Options, __doc__, args), "clip_heads")
+    if options.held_out < 2:
+        raise UserError(f"--held-out is {options.held_out}; it must be at least 2")
+    mesh = start(options.run)
+    tokenizer = clip_text.load_tokenizer()
+    module = make_module(options, tokenizer)
+    source = Heads(options.data, options.held_out)
+    held = Heads(options.data, options.held_out, train=False)
+    tx = optimizer(options)
+    keys = jax.random.split(jax.random.key(options.run.seed))
+    params = {"clip": module.init_params(key=keys[0])}
+    metadata = {"scheme": "clip_heads", "templates": list(TEMPLATES)}
+    batches = data.batches(
+        source,
+        options.run.batch,
+        mesh,
+        seed=options.run.seed,
+        transform=make_transform(tokenizer, module, options.noise),
+    )
+    state = loop.fit(
+        options,
+        create_state(params, {"clip": tx}, key=keys[1]),
+        {},
+        [(1, make_step(module, tx))],
+        batches,
+        networks={"clip": module},
+        mesh=mesh,
+        metadata=metadata,
+        identity={"data": data.fingerprint(source)},
+        validate=(options.validate_every, make_validate(module, tokenizer, held)),
+    )
+    out = f"{options.run.out}/model"
+    params = jax.tree.map(np.asarray, state.params)
+    if jax.process_index() == 0:
+        weights.save(
+            out,
+            {"clip": module},
+            params,
+            metadata=metadata,
+            dtype="float16",
+            overwrite=True,
+        )
+        print(f"network: {out}")
+
+
+if __name__ == "__main__":
+    main()
