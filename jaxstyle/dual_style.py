@@ -115,6 +115,69 @@ def _numbers(text: str) -> list[float]:
     return values if np.isfinite(values).all() else []
 
 
+# What a sampler's picture is made of.
+PARTS = ("content", "color", "structure")
+
+
+def parse_fix(text: str) -> tuple[str, ...]:
+    """What stays the same in all pictures, from `content,color`.
+
+    Raises:
+      UserError: something else than `PARTS`.
+    """
+    parts = tuple(part for part in text.replace(" ", "").split(",") if part)
+    if not set(parts) <= set(PARTS):
+        raise UserError(f"--fix is {text!r}; it must be of {', '.join(PARTS)}")
+    return parts
+
+
+def sample_codes(
+    generator: Generator,
+    base: Params,
+    samplers: Mapping[str, Any],
+    params: Params,
+    seeds: Sequence[int],
+    *,
+    fix: Sequence[str] = (),
+    train: bool = False,
+) -> np.ndarray:
+    """Codes of exemplars that a sampler makes up, one a seed: w+ [n, num_ws, w_dim].
+
+    Args:
+      generator, base: of the style.
+      samplers, params: `sampler_structure` and `sampler_color`, among others.
+      seeds: one a code.
+      fix: `color` or `structure` or both: those of the first seed for all.
+      train: normalise by the statistics of all seeds together, as published; else by
+        those of the training, so that a seed's code is its own.
+
+    Raises:
+      UserError: no sampler, or one of another size.
+    """
+    parts = []
+    for i, part in enumerate(("structure", "color")):
+        name = f"sampler_{part}"
+        if name not in samplers:
+            raise UserError(
+                "this style has no sampler; python -m train.dual_sampler --weights "
+                "STYLE makes one, for --sampler; or choose exemplars with --style-id"
+            )
+        if train and len(seeds) < 2:
+            raise UserError("--sampler-statistics batch needs at least two seeds")
+        module = samplers[name]
+        keys = pipeline.seed_keys(seeds, 2 + i)
+        z = jax.vmap(lambda k, n=module.z_dim: jax.random.normal(k, (n,)))(keys)
+        codes, _ = module.apply({"params": params[name]}, z, train=train)
+        parts.append(codes[:1].repeat(len(seeds), 0) if part in fix else codes)
+    codes = jnp.concatenate(parts, 1)
+    if codes.shape[1:] != (generator.num_ws, generator.z_dim):
+        raise UserError(
+            f"the sampler gives codes of shape {list(codes.shape[1:])}; this style "
+            f"takes [{generator.num_ws}, {generator.z_dim}]: --sampler must be of it"
+        )
+    return np.asarray(_to_w_plus(generator, base, codes))
+
+
 def is_dual(name: str) -> bool:
     """Whether a folder holds a DualStyleGAN."""
     return "dual" in weights.read_config(name)["networks"]
@@ -124,6 +187,7 @@ def load(
     name: str,
     options: DualOptions,
     *,
+    step: int | None = None,
     psi: float = PSI,
     pictures: Sequence[Path] = (),
     new: NewOptions | None = None,
@@ -136,6 +200,7 @@ def load(
     Args:
       name: of the folder.
       options: which exemplars, and how much of them.
+      step: another checkpoint of a run than its last.
       psi: truncation of the faces' codes.
       pictures: new exemplars; without any and without `style_id` it is an error.
       new: how their codes are found.
@@ -147,7 +212,7 @@ def load(
       UserError: no exemplar is chosen, or there is no such one; another mistake in the
         options.
     """
-    model, params = weights.load(name)
+    model, params = weights.load(name, step=step)
     if not options.style_id and not pictures:
         count = len(model.exemplars.names) if "exemplars" in model else 0
         stored = f", 0 to {count - 1} or a name" if count else ""
@@ -155,22 +220,11 @@ def load(
             f"weights {name!r} hold {count} exemplars; choose with --style-id{stored}, "
             "or give a picture with --style"
         )
-    table = parse_weights(options.style_weights)
-    if options.preserve_color == "weights":
-        table = np.where(np.arange(NUM_WEIGHTS) < STRUCTURE_ROWS, table, 0)
-    keep_color = options.preserve_color == "code"
-    exemplar = partial(
-        Exemplar,
-        model.dual,
-        params["dual"],
-        weights=table,
-        psi=psi,
-        keep_color=keep_color,
-    )
+    exemplar = partial(make_exemplar, model.dual, params["dual"], options, psi)
     found = {}
     for style_id in options.style_id:
         code, face = stored_codes(model, params, style_id)
-        found[str(model.exemplars.index(style_id))] = exemplar(code=code, face=face)
+        found[str(model.exemplars.index(style_id))] = exemplar(code, face)
     for path, label in zip(pictures, images.file_names(pictures), strict=True):
         code, face, crop = new_codes(
             name,
@@ -182,10 +236,31 @@ def load(
             key=key,
             cache=cache,
         )
-        found[label] = exemplar(code=code, face=face, shown=crop)
+        found[label] = exemplar(code, face, crop)
     if options.blend:
         found = {"+".join(found): blend(list(found.values()), options.blend)}
     return model.generator, params["generator"], found
+
+
+def make_exemplar(
+    module: DualStyleGAN,
+    params: Params,
+    options: DualOptions,
+    psi: float,
+    code: Any,
+    face: Any = None,
+    shown: Any = None,
+) -> Exemplar:
+    """An exemplar of codes; the arguments are those of `load` and of `Exemplar`.
+
+    Raises:
+      UserError: weights that are none.
+    """
+    table = parse_weights(options.style_weights)
+    if options.preserve_color == "weights":
+        table = np.where(np.arange(NUM_WEIGHTS) < STRUCTURE_ROWS, table, 0)
+    keep_color = options.preserve_color == "code"
+    return Exemplar(module, params, code, face, table, psi, keep_color, shown)
 
 
 def stored_codes(
@@ -383,50 +458,68 @@ def _draw(generator, base, module, params, face, code, table, psi, noise, key):
     )[0]
 
 
-def picture(
+def pictures(
     exemplar: Exemplar,
     generator: Generator,
     base: Params,
-    code: Any,
+    codes: Any,
     *,
     intensity: float = 1.0,
     noise: str = "const",
-    key: Array | None = None,
+    keys: Array | None = None,
+    batch: int = 1,
 ) -> np.ndarray:
-    """A face in an exemplar's style.
+    """Faces in an exemplar's style.
 
     Args:
-      exemplar: see `load`.
+      exemplar: see `load`; its code may be one a face, w+ [n, num_ws, w_dim].
       generator, base: the intrinsic path.
-      code: of the face, w+ [num_ws, w_dim].
+      codes: of the faces, w+ [n, num_ws, w_dim].
       intensity: times all weights, and of the truncation: 0 is the face itself.
-      noise, key: as in `Generator`; one key a picture, [1].
+      noise: as in `Generator`.
+      keys: [n], for random noise.
+      batch: faces at a time; see `pipeline.in_batches`.
 
     Returns:
-      [size, size, 3], nominally in [-1, 1].
+      [n, size, size, 3], nominally in [-1, 1].
     """
-    face, other = jnp.asarray(code)[None], exemplar.code
-    if exemplar.keep_color:
-        other = other.at[:, STRUCTURE_ROWS:].set(face[:, STRUCTURE_ROWS:])
+    faces = generator.check_codes(np.asarray(codes), "w_plus")
     table = exemplar.weights * np.float32(intensity)
     psi = np.float32(1 + (exemplar.psi - 1) * intensity)
     if not table[: generator.num_ws].any():
         # To the bit what the plain generator draws: another program rounds otherwise.
-        codes = np.asarray(face) * psi
-        return pipeline.pictures(generator, base, codes, noise=noise, keys=key)[0]
-    image = _draw(
-        generator,
-        base,
-        exemplar.module,
-        exemplar.params,
-        face,
-        other,
-        table,
-        psi,
-        noise,
-        key,
+        return pipeline.pictures(
+            generator, base, faces * psi, noise=noise, keys=keys, batch=batch
+        )
+    others = np.broadcast_to(np.asarray(exemplar.code), faces.shape)
+    if exemplar.keep_color:
+        rows = np.arange(faces.shape[1])[:, None] < STRUCTURE_ROWS
+        others = np.where(rows, others, faces)
+    return pipeline.in_batches(
+        lambda rows: _draw(
+            generator,
+            base,
+            exemplar.module,
+            exemplar.params,
+            *rows[:2],
+            table,
+            psi,
+            noise,
+            rows[2],
+        ),
+        (faces, others, keys),
+        batch,
     )
-    return np.asarray(image[0])
+
+
+def picture(
+    exemplar: Exemplar, generator: Generator, base: Params, code: Any, **arguments: Any
+) -> np.ndarray:
+    """A single face [num_ws, w_dim] in an exemplar's style, [size, size, 3].
+
+    `arguments` are those of `pictures`.
+    """
+    return pictures(exemplar, generator, base, np.asarray(code)[None], **arguments)[0]
 
 
 def portrait(exemplar: Exemplar, generator: Generator, base: Params) -> np.ndarray:
@@ -436,13 +529,19 @@ def portrait(exemplar: Exemplar, generator: Generator, base: Params) -> np.ndarr
 
 
 def overview(
-    name: str, options: DualOptions, psi: float = PSI, code: Any = None
+    name: str,
+    options: DualOptions,
+    *,
+    step: int | None = None,
+    psi: float = PSI,
+    code: Any = None,
 ) -> tuple[Any, list[str]]:
     """A sheet of all exemplars of a style, under each its number.
 
     Args:
       name: of the folder.
       options: weights and colors, for a face.
+      step: another checkpoint of a run than its last.
       psi: truncation of the face's code.
       code: a face, w+ [num_ws, w_dim], to draw with each of them; None: the exemplars.
 
@@ -452,18 +551,16 @@ def overview(
     Raises:
       UserError: the folder holds no exemplars.
     """
-    names = list(weights.load(name)[0].exemplars.names)
+    names = list(weights.load(name, step=step)[0].exemplars.names)
     ids = tuple(str(i) for i in range(len(names)))
     wanted = dataclasses.replace(options, style_id=ids, blend="")
-    generator, base, found = load(name, wanted, psi=psi)
+    generator, base, found = load(name, wanted, step=step, psi=psi)
     tiles = []
     for exemplar in found.values():
         if code is None:
             drawn = portrait(exemplar, generator, base)
         else:
             drawn = picture(exemplar, generator, base, code)
-        tile = images.to_pil(drawn)
-        tile.thumbnail((THUMB, THUMB))
-        tiles.append(tile)
+        tiles.append(images.to_pil(drawn).resize((THUMB, THUMB)))
     columns = int(np.ceil(np.sqrt(1.5 * len(tiles))))
     return images.grid(tiles, columns, captions=ids), names

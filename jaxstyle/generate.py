@@ -4,26 +4,35 @@
     python -m jaxstyle.generate --weights runs/jojo-art --seeds 0-7 --compare heads
     python -m jaxstyle.generate --mix --rows 0-3 --cols 4-7 --styles 0-6
     python -m jaxstyle.generate --codes me.npz --format npy
+    python -m jaxstyle.generate --weights weights/cartoon --fix content --grid
 
 Every seed stands for one face of a generator, whatever other seeds are asked for; the
 same command writes the same bytes again. Finetuned generators keep the faces of their
 base, so the same seeds compare them.
+
+Of a DualStyleGAN style every seed is a face, and an exemplar that the style's sampler
+makes up (or, with --style-id, a stored one). --fix content gives the face of the first
+seed to all of them, --fix color and structure its exemplar's.
 """
 
 import dataclasses
 import io
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+import tyro
 from etils import epath
 
-from jaxstyle import images, pipeline, weights
+from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import Generator
+
+# Published truncation of the faces of random DualStyleGAN pictures, towards 0.
+DUAL_PSI = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +43,10 @@ class Options:
     """A name we ship, a converted folder, or a run."""
     seeds: str = "0-15"
     """Seeds, such as 0-3,7; each makes one picture."""
-    psi: float = 1.0
-    """Truncation: 1 leaves the codes alone, 0 gives the average face; 0.7 is usual."""
+    psi: float | None = None
+    """Truncation: 1 leaves the codes alone, 0 gives the average face; 0.7 is usual.
+    None: 1; of a DualStyleGAN style, whose faces are pulled towards 0, the published
+    0.5."""
     cutoff: int | None = None
     """Truncate only this many rows of the code, from the coarsest."""
     noise_mode: Literal["const", "random", "none"] = "const"
@@ -65,6 +76,18 @@ class Options:
     """Another checkpoint of a run than its last."""
     style: str | None = None
     """Which style of a run that trained several: its name or number."""
+    fix: str = ""
+    """Of a DualStyleGAN style: what all pictures have from the first seed: content,
+    color, structure, or several of these with commas."""
+    sampler: str = ""
+    """Of a DualStyleGAN style: run of train.dual_sampler; empty: the sampler kept with
+    the style."""
+    sampler_statistics: Literal["running", "batch"] = "running"
+    """What the sampler normalises by: averages of its training, or as published all
+    seeds of the command together."""
+    dual: Annotated[dual_style.DualOptions, tyro.conf.OmitArgPrefixes] = (
+        dual_style.DualOptions()
+    )
 
 
 def generate(
@@ -130,7 +153,8 @@ def write(path: Any, picture: np.ndarray, form: str) -> Any:
 
 def truncation(options: Options) -> dict[str, Any]:
     """The arguments of `pipeline.to_w_plus`."""
-    return {"psi": options.psi, "cutoff": options.cutoff, "batch": options.batch}
+    psi = 1.0 if options.psi is None else options.psi
+    return {"psi": psi, "cutoff": options.cutoff, "batch": options.batch}
 
 
 def check(options: Options, generator: Generator) -> None:
@@ -146,7 +170,7 @@ def check(options: Options, generator: Generator) -> None:
             f"--cutoff is {options.cutoff}; {options.weights} has {generator.num_ws} "
             "rows to truncate"
         )
-    if not np.isfinite(options.psi):
+    if options.psi is not None and not np.isfinite(options.psi):
         raise UserError(f"--psi is {options.psi}; it must be a number such as 0.7")
     if options.mix and (options.codes or options.compare):
         raise UserError("--mix goes with seeds; leave out --codes and --compare")
@@ -212,7 +236,7 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
         seeds, space = pipeline.parse_numbers(options.seeds, "--seeds"), "z"
         codes = pipeline.seed_codes(seeds, generator.z_dim)
         labels = [f"seed{s:04d}" for s in seeds]
-    if space == "styles" and options.psi != 1:
+    if space == "styles" and options.psi not in (None, 1):
         raise UserError(
             f"--psi is {options.psi}, but style vectors cannot be truncated; give "
             "w_plus codes or leave --psi at 1"
@@ -255,11 +279,113 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
         print(images.save_image(epath.Path(options.out) / "grid.png", sheet))
 
 
+def dual_exemplars(
+    options: Options, model: Any, params: Any, seeds: list[int], fixed: list[str]
+) -> dict[str, dual_style.Exemplar]:
+    """Stored exemplars by label, or those that the sampler makes up, without one.
+
+    Raises:
+      UserError: no such exemplar, or no sampler.
+    """
+    psi = DUAL_PSI if options.psi is None else options.psi
+    if options.dual.style_id:
+        stored = dual_style.load(
+            options.weights, options.dual, step=options.step, psi=psi
+        )[2]
+        return {f"-{label}": exemplar for label, exemplar in stored.items()}
+    samplers, values = model, params
+    if options.sampler:
+        samplers, values = weights.load(options.sampler)
+    codes = dual_style.sample_codes(
+        model.generator,
+        params["generator"],
+        samplers,
+        values,
+        seeds,
+        fix=fixed,
+        train=options.sampler_statistics == "batch",
+    )
+    return {
+        "": dual_style.make_exemplar(
+            model.dual, params["dual"], options.dual, psi, codes
+        )
+    }
+
+
+def draw_dual(options: Options) -> None:
+    """Faces of seeds or codes in the style of exemplars.
+
+    Raises:
+      UserError: options that go with plain generators.
+    """
+    if options.compare or options.cutoff is not None:
+        raise UserError(
+            f"{options.weights} is a DualStyleGAN style: leave out --compare and "
+            "--cutoff; --style-weights 0,0 draws its plain faces"
+        )
+    model, params = weights.load(options.weights, step=options.step)
+    generator, base = model.generator, params["generator"]
+    check(options, generator)
+    fixed = dual_style.parse_fix(options.fix)
+    if options.codes:
+        codes, space = pipeline.read_codes(options.codes, generator)
+        seeds = list(range(len(codes)))
+        labels = [f"{options.codes.stem}-{i:04d}" for i in seeds]
+    else:
+        seeds, space = pipeline.parse_numbers(options.seeds, "--seeds"), "z"
+        codes = pipeline.seed_codes(seeds, generator.z_dim)
+        labels = [f"seed{s:04d}" for s in seeds]
+    if space == "styles":
+        raise UserError(f"{options.codes} holds style vectors; give w_plus, w or z")
+    faces = pipeline.to_w_plus(generator, base, codes, space, batch=options.batch)
+    if "content" in fixed:
+        faces = np.broadcast_to(faces[:1], faces.shape)
+    kept, captions = [], []
+    for suffix, exemplar in dual_exemplars(
+        options, model, params, seeds, fixed
+    ).items():
+        drawn = dual_style.pictures(
+            exemplar,
+            generator,
+            base,
+            faces,
+            noise=options.noise_mode,
+            keys=pipeline.seed_keys(seeds, 1),
+            batch=options.batch,
+        )
+        for label, picture in zip(labels, drawn, strict=True):
+            write(epath.Path(options.out) / (label + suffix), picture, options.format)
+            captions.append(label + suffix)
+        kept += list(drawn)
+    print(f"{len(kept)} pictures in {options.out}")
+    if options.grid:
+        columns = len(labels) if len(kept) > len(labels) else None
+        sheet = images.grid(kept, columns, captions=captions)
+        print(images.save_image(epath.Path(options.out) / "grid.png", sheet))
+
+
+def refuse_dual(options: Options) -> None:
+    """Refuse options of DualStyleGAN styles for other weights.
+
+    Raises:
+      UserError: naming them.
+    """
+    ours = options.dual, options.fix, options.sampler, options.sampler_statistics
+    if ours != (dual_style.DualOptions(), "", "", "running"):
+        raise UserError(
+            "--fix, --sampler, --style-id and the other options of exemplars are "
+            f"given, but {options.weights} is no DualStyleGAN style"
+        )
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m jaxstyle.generate`."""
     options = parse(Options, "jaxstyle.generate", __doc__, args)
     use_compilation_cache()
+    if dual_style.is_dual(options.weights) and not options.mix:
+        return draw_dual(options)
+    refuse_dual(options)
     generator, params = pipeline.load_generator(
         options.weights, step=options.step, style=options.style
     )

@@ -297,7 +297,7 @@ def stylize(
             code,
             intensity=intensity,
             noise=noise,
-            key=keys,
+            keys=keys,
         )
     if np.all(share == 1) or not np.any(share):
         # One generator is half the work of two.
@@ -404,6 +404,7 @@ def chosen_styles(options: Options, names: Sequence[str]) -> list[Style]:
     load = partial(
         dual_styles,
         options=options.dual,
+        step=options.step,
         psi=options.psi,
         pictures=pictures,
         new=options.new,
@@ -518,7 +519,7 @@ def draw_overview(options: Options, names: Sequence[str]) -> None:
             f"{', '.join(names)}"
         )
     (name,), code = names, None
-    generator, params = pipeline.load_generator(name)
+    generator, params = pipeline.load_generator(name, step=options.step)
     out = epath.Path(options.out)
     path = out if is_file(options.out) else out / "overview.png"
     if options.photo is not None:
@@ -532,7 +533,9 @@ def draw_overview(options: Options, names: Sequence[str]) -> None:
             seed=options.seed,
             cache=path.parent / options.photo.stem,
         )
-    sheet, exemplars = dual_style.overview(name, options.dual, options.psi, code)
+    sheet, exemplars = dual_style.overview(
+        name, options.dual, step=options.step, psi=options.psi, code=code
+    )
     for i, exemplar in enumerate(exemplars):
         print(f"{i:4d}  {exemplar}")
     print(images.save_image(path, sheet))
