@@ -14,14 +14,21 @@ by fractions of the size and turns by 0 to 3 quarters.
 The PyTorch version pads as far as the transforms of the batch at hand need. Here the
 margin is fixed, so that one compilation serves all; what a transform fetches from
 beyond it is mirrored once more.
+
+A scheme nests `AugmentOptions` in its own, keeps `start_extra` in its state, passes
+pictures through `shown` on their way to the discriminator, and after its update calls
+`learned` with what that said of real ones.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax import Array, lax
 
 from jaxstyle.errors import UserError
@@ -47,6 +54,28 @@ TAPS = len(SYM6)
 # Pixels of the picture's surroundings that the filter on the way down sees.
 EDGE = TAPS // 4
 
+
+@dataclasses.dataclass(frozen=True)
+class AugmentOptions:
+    """Augmentation, and what controls it."""
+
+    augment: bool = False
+    """Show the discriminator transformed pictures (ADA), for small data sets."""
+    augment_p: float = 0.0
+    """A fixed probability of each transform; 0: adaptive, from 0 on."""
+    ada_target: float = TARGET
+    """Mean sign of the discriminator on real pictures above which p rises."""
+    ada_length: int = LENGTH
+    """Pictures in which p goes from 0 to 1."""
+    ada_every: int = EVERY
+    """Iterations between changes of p. The published code takes 8 whatever its flag
+    of this name says."""
+    augment_geometry: Literal[VARIANTS] = VARIANTS[0]
+    """Translations of an eighth of a pixel and no quarter turns, as the published
+    code has it; or an eighth of the picture, and turns."""
+
+
+Augmenting = Annotated[AugmentOptions, tyro.conf.OmitArgPrefixes]
 
 # Transforms, drawn for one picture; vmap draws a batch
 
@@ -315,3 +344,61 @@ def control(
     fresh = Control(jnp.clip(state.p + step, 0, 1), 0.0 * signs, 0.0 * seen, 0 * calls)
     kept = Control(state.p, signs, seen, calls)
     return jax.tree.map(lambda a, b: jnp.where(done, a, b), fresh, kept)
+
+
+# In a scheme
+
+
+def check(options: AugmentOptions) -> None:
+    """Refuse values that cannot be.
+
+    Raises:
+      UserError: naming the option.
+    """
+    if not 0 <= options.augment_p <= 1:
+        raise UserError(f"--augment-p is {options.augment_p}; it must be 0 to 1")
+    if options.augment_p and not options.augment:
+        raise UserError("--augment-p is given without --augment; give both")
+    for name in ("ada_length", "ada_every"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(options, name)}; it must be above 0")
+
+
+def start_extra(options: AugmentOptions) -> dict[str, Control]:
+    """What a training state carries in `extra`: the controller, if there is one."""
+    return {"ada": start_control(options.augment_p)} if options.augment else {}
+
+
+def shown(
+    options: AugmentOptions, extra: Mapping[str, Any], images: Array, keys: Array
+) -> Array:
+    """Pictures [batch, size, size, 3] as the discriminator sees them.
+
+    Args:
+      options: without `augment` the pictures come back as they are.
+      extra: of the training state.
+      images: pictures.
+      keys: one a picture, [batch].
+    """
+    if not options.augment:
+        return images
+    variant = options.augment_geometry
+    return augment(images, extra["ada"].p, keys=keys, variant=variant)
+
+
+def learned(
+    options: AugmentOptions, extra: Mapping[str, Any], logits: Array
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """`extra` after the discriminator said [batch, 1] of real pictures; metrics."""
+    if not options.augment or options.augment_p:
+        return dict(extra), {}
+    state = control(
+        extra["ada"],
+        logits,
+        target=options.ada_target,
+        length=options.ada_length,
+        every=options.ada_every,
+    )
+    metrics = {"ada_p": state.p, "ada_sign": jnp.mean(jnp.sign(logits))}
+    return {**extra, "ada": state}, metrics

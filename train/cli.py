@@ -81,6 +81,8 @@ def parse(
     description: str | None,
     args: Sequence[str] | None = None,
     default: Any = None,
+    *,
+    least_steps: int = 1,
 ):
     """Command line to the options dataclass of a scheme.
 
@@ -89,16 +91,19 @@ def parse(
       description: shown by --help, usually the module's docstring.
       args: instead of the command line.
       default: an instance to start from, instead of the class's own defaults.
+      least_steps: that `--steps` may be.
     """
     module = options_class.__module__
     if module == "__main__" and sys.modules[module].__spec__:
         module = sys.modules[module].__spec__.name
     options = parse_options(options_class, module, description, args, default)
     run = options.run
-    for name in ("steps", "batch", "log_every"):
-        if getattr(run, name) < 1:
+    for name, least in (("steps", least_steps), ("batch", 1), ("log_every", 1)):
+        if getattr(run, name) < least:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(run, name)}; it must be at least 1")
+            raise UserError(
+                f"--{flag} is {getattr(run, name)}; it must be at least {least}"
+            )
     for name in ("sample_every", "save_every", "keep"):
         if getattr(run, name) < 0:
             flag = name.replace("_", "-")

@@ -64,13 +64,30 @@ def check_folder(
             f"be read ({error}): put it back, or use another --out"
         ) from None
     new = describe_run(options, metadata, identity)
+    check_options(old, new, options.run.out)
+    return old
+
+
+def check_options(
+    old: Mapping[str, Any], new: Mapping[str, Any], out: str, free: Any = FREE
+) -> None:
+    """Refuse to continue a run with other options than it began with.
+
+    Args:
+      old, new: of `describe_run`.
+      out: its folder, for the message.
+      free: options that may differ.
+
+    Raises:
+      UserError: naming each difference.
+    """
     differences = []
     if old["scheme"] != new["scheme"]:
         differences.append(f"scheme {old['scheme']} → {new['scheme']}")
     for kind in ("options", "identity"):
         for name in sorted(old[kind].keys() | new[kind].keys()):
             was, now = old[kind].get(name), new[kind].get(name)
-            if was == now or (kind == "options" and name in FREE):
+            if was == now or (kind == "options" and name in free):
                 continue
             if kind == "options":
                 differences.append(f"--{name.replace('_', '-')} {was!r} → {now!r}")
@@ -78,11 +95,10 @@ def check_folder(
                 differences.append(f"another {name} ({was} → {now})")
     if differences:
         raise UserError(
-            f"--out {options.run.out} holds a run that differs: "
+            f"--out {out} holds a run that differs: "
             + "; ".join(differences)
             + ". Use the former values to continue it, or another --out"
         )
-    return old
 
 
 @contextlib.contextmanager

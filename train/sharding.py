@@ -139,12 +139,17 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> 
                 f"shape is {list(shape)}"
             )
         fitting = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
+            axis if axis and size % _places(mesh, axis) == 0 else None
             for size, axis in zip(shape, spec, strict=False)
         ]
         return NamedSharding(mesh, P(*fitting))
 
     return jax.tree_util.tree_map_with_path(assign, tree)
+
+
+def _places(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+    names = (axis,) if isinstance(axis, str) else axis
+    return int(np.prod([mesh.shape[name] for name in names]))
 
 
 def place(tree: Any, targets: Any) -> Any:

@@ -125,3 +125,23 @@ def test_gradients_of_any_order(images):
     slope = jax.jit(jax.grad(penalty))
     numeric = (penalty(1.01) - penalty(0.99)) / 0.02
     assert abs(slope(1.0) - numeric) < 0.02 * abs(numeric)
+
+
+def test_in_a_scheme():
+    """The options decide; p is part of the state and moves by its own rule."""
+    images, logits = jnp.ones((2, 8, 8, 3)), jnp.ones((4, 1))
+    off = augment.AugmentOptions()
+    assert augment.start_extra(off) == {}
+    assert augment.shown(off, {}, images, None) is images
+    assert augment.learned(off, {"other": 1}, logits) == ({"other": 1}, {})
+    fixed = augment.AugmentOptions(augment=True, augment_p=0.25)
+    extra = augment.start_extra(fixed)
+    assert augment.learned(fixed, extra, logits) == (extra, {})
+    assert extra["ada"].p == 0.25
+    on = augment.AugmentOptions(augment=True, ada_length=16, ada_every=1)
+    extra, metrics = augment.learned(on, augment.start_extra(on) | {"a": 1}, logits)
+    assert extra["a"] == 1 and extra["ada"].p == metrics["ada_p"] == 0.25
+    assert metrics["ada_sign"] == 1
+    for wrong in ({"augment_p": 2.0}, {"augment_p": 0.5}, {"ada_length": 0}):
+        with pytest.raises(UserError, match="--a"):
+            augment.check(augment.AugmentOptions(**wrong))

@@ -18,7 +18,7 @@ from jaxstyle import stylegan2 as networks
 from tests import filled
 from tests.filled import golden, input_array, nhwc, picture, relative_error
 from tests.train.test_loop import assert_same, lines, mesh_of
-from train import sharding, stylegan2
+from train import augment, sharding, stylegan2
 from train.cli import RunOptions
 
 SMALL = "--size 8 --channels 8 8 --mapping-depth 2 --w-dim 16 --batch 8"
@@ -354,6 +354,46 @@ def test_bfloat16_trains(quick_compile, data_file, tmp_path):
     assert params["generator"]["synthesis"]["conv_4"]["weight"].dtype == jnp.float32
 
 
+@pytest.mark.slow
+def test_augmentation_is_part_of_the_state(quick_compile, data_file, tmp_path):
+    """Its probability is carried on, and it leaves its mark on every adversarial step.
+
+    Three calls change p; the mean sign of a discriminator at the start decides how.
+    """
+    flags = ["--augment", "--ada-length", 64, "--ada-every", 1, "--ada-target", -1.5]
+    flags += ["--d-reg-every", 2, "--g-reg-every", 0, "--mesh-data", 1]
+    whole = train(data_file, tmp_path / "whole", "--steps", 3, *flags)
+    # Eight pictures a call, of 64.
+    assert [e["ada_p"] for e in whole] == [0.125, 0.25, 0.375]
+    train(data_file, tmp_path / "parts", "--steps", 1, *flags)
+    assert train(data_file, tmp_path / "parts", "--steps", 3, *flags) == whole
+    (_, a), (_, b) = (jaxstyle.load(tmp_path / n) for n in ("whole", "parts"))
+    assert_same(a, b)
+
+
+def test_r1_looks_through_the_augmentation(quick_compile):
+    """Its gradient is that in the picture before the transform."""
+    discriminator = networks.Discriminator(8, channels=(2, 2))
+    params = discriminator.init_params(key=jax.random.key(0))
+    real = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+
+    @jax.jit
+    def penalty(real, scale):
+        return stylegan2.r1_penalty(discriminator, params, real, lambda x: scale * x)
+
+    inside, outside = penalty(real, 3.0), penalty(3 * real, 1.0)
+    np.testing.assert_allclose(inside, 9 * outside, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_augmented_steps_agree_on_one_and_eight_devices(quick_compile):
+    augmenting = augment.AugmentOptions(augment=True, augment_p=0.8)
+    given = small(size=16, channels=(8, 8, 8), augmenting=augmenting)
+    real = np.random.default_rng(1).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
+    errors = device_errors(*given, real)
+    assert max(errors.values()) <= 1, errors
+
+
 def test_parts_that_are_frozen_stay(quick_compile, data_file, tmp_path):
     flags = ["--steps", 2, "--freeze-g", "--freeze-d", 1, "--d-reg-every", 0]
     flags += ["--mesh-data", 1, "--r1-gamma", 1, "--no-mirror"]
@@ -402,6 +442,9 @@ def test_finetunes_weights_without_a_discriminator(tmp_path, capsys):
         ("--data /nowhere --size 16 --batch 8", "/nowhere: no such picture or folder"),
         ("--data {} --size 16 --channels 8 8 --batch 8", "channels has 2 entries"),
         ("--data {} --size 16 --batch 8 --freeze-d 9", "--freeze-d is 9"),
+        ("--data {} --size 16 --batch 8 --augment-p 0.5", "without --augment"),
+        ("--data {} --size 16 --batch 8 --augment --augment-p 2", "--augment-p is 2"),
+        ("--data {} --size 16 --batch 8 --ada-every 0", "--ada-every is 0"),
         ("--data {} --weights /nowhere --batch 8", "weights '/nowhere'"),
     ],
 )
