@@ -103,7 +103,10 @@ class Checkpoints:
                 if place.exists():
                     place.rmtree()
                 (self._folder / str(step)).rename(place)
-                print(f"{problem}. It is {place} now; going on from step {instead}")
+                print(
+                    f"checkpoint {step} cannot be read ({_reason(problem)}): it is "
+                    f"{place} now; going on from step {instead}"
+                )
         if problems:
             self._manager.reload()
 

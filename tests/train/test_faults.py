@@ -67,6 +67,8 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
 
 
 @pytest.mark.slow
+# Orbax's readers are not all ended when one of them fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_any_damaged_file(tmp_path, damage):
     """What is read is whole, or it is the checkpoint before."""
@@ -120,16 +122,18 @@ def test_checkpoints_of_nobody_are_refused(tmp_path, text):
 
 # With processes of their own
 
-STEPS = 300
+STEPS = 100
 
 
-def started(out, *arguments, until="compiled in", **environment):
-    """A training process that has printed a line with `until`."""
+def started(out, *arguments, until="compiled in", lines=0):
+    """A training process that has printed a line with `until`, and so many more."""
     flags = ("--out", out, "--save-every", 1, "--keep", 2, "--steps", STEPS)
-    process = command(*flags, *arguments, **environment)
+    process = command(*flags, *arguments, PYTHONUNBUFFERED=1)
     for line in process.stdout:
         if until in line:
             break
+    for _ in range(lines):
+        process.stdout.readline()
     return process
 
 
@@ -141,7 +145,7 @@ def final_state(out):
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
     undisturbed = started(tmp_path / "whole")
-    undisturbed.communicate(timeout=300)
+    undisturbed.communicate(timeout=900)
     whole, out = final_state(tmp_path / "whole"), tmp_path / "run"
     draw = random.Random(0)
     # At start-up; around the rename that makes a checkpoint one; anywhere.
@@ -152,17 +156,17 @@ def test_killed_twenty_times(tmp_path):
             process = started(out, until="mesh:")
             time.sleep(draw.uniform(0, 3))
         elif moment == "training":
-            process = started(out)
-            time.sleep(draw.uniform(0, 1.5))
+            process = started(out, lines=draw.randrange(4))
+            time.sleep(draw.uniform(0, 0.2))
         else:
             process = started(out, "--die-at-rename", moment)
-            process.wait(timeout=120)
+            process.wait(timeout=400)
         assert process.poll() in (None, -signal.SIGKILL), process.stdout.read()
         process.kill()
         process.communicate()
         assert not (out / "summary.json").exists()
     process = started(out)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert_same(whole, final_state(out))
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
@@ -174,16 +178,15 @@ def test_killed_twenty_times(tmp_path):
 @pytest.mark.slow
 def test_preempted(tmp_path):
     out = tmp_path / "run"
-    process = started(out)
-    time.sleep(1)
+    process = started(out, lines=3)
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert "stopped by SIGTERM at step" in output
     assert "the same command continues: python -m tests.train.toy --out" in output
     for name in ("run", "whole"):
         again = started(tmp_path / name)
-        again.communicate(timeout=300)
+        again.communicate(timeout=900)
     assert_same(final_state(tmp_path / "whole"), final_state(out))
 
 
@@ -192,7 +195,7 @@ def test_second_run_on_a_folder_refuses(tmp_path):
     out = tmp_path / "run"
     first = started(out, until="step 2/")
     second = command("--out", out, "--save-every", 1, "--keep", 2, "--steps", STEPS)
-    output, _ = second.communicate(timeout=120)
+    output, _ = second.communicate(timeout=400)
     first.kill()
     first.communicate()
     assert second.returncode == 1
@@ -223,13 +226,13 @@ def test_full_disk(tmp_path):
     flags = ("--save-every", 1, "--padding", 2_000_000)
     with mounted(tmp_path / "small", 14) as out:
         process = command("--out", out, *flags)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 1
         assert "No space left on device" in output and "Traceback" not in output
         assert "checkpoint 1 stays" in output and "Make room" in output
         subprocess.run(["mount", "-o", "remount,size=200m", out], check=True)
         again = command("--out", out, *flags)
-        output, _ = again.communicate(timeout=120)
+        output, _ = again.communicate(timeout=400)
         assert again.returncode == 0 and "at step 1 of 6" in output
         state = leaves(toy.run(toy.options(out, padding=2_000_000), mesh_of(2)))
     whole = toy.run(toy.options(tmp_path / "whole", padding=2_000_000), mesh_of(2))
@@ -245,7 +248,7 @@ def test_files_that_may_not_grow(tmp_path):
         process = command("--out", out, "--save-every", 1, "--padding", 2_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 1
     assert "could not be written" in output and "none was written yet" in output
     assert "Traceback" not in output
@@ -257,7 +260,7 @@ def test_read_only_folder(tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", out], check=True)
         for path in (out, out / "run"):
             process = command("--out", path)
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=400)
             assert process.returncode == 1
             assert "Read-only file system" in output and "Traceback" not in output
             assert str(path) in output
