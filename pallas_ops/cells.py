@@ -72,6 +72,11 @@ class Geometry:
         return 2 * reach <= self.packing_in
 
     @property
+    def pixels(self) -> bool:
+        """Whether cells are pixels, and a convolution's taps its own."""
+        return self.packing_in == self.packing_out == 1
+
+    @property
     def transposed(self) -> "Geometry":
         """The geometry of the gradient with respect to the input."""
         return Geometry(self.packing_out, self.packing_in, self.up, not self.adjoint)
@@ -122,97 +127,52 @@ def _taps(inside: int, outside: int, up: bool) -> np.ndarray:
     return taps
 
 
-def cell_weight(weight: Array, geometry: Geometry, split: int = 1) -> Array:
+def cell_weight(weight: Array, geometry: Geometry) -> Array:
     """Weights of pixels [w, 3, 3, in, out] as weights of cells.
 
     Args:
       weight: of the convolution, also for its adjoint (which swaps the channels).
       geometry: of the cells.
-      split: parts of the columns of a cell that are computed apart.
 
     Returns:
-      [w, rows_out, split, rows_in, 3, operands, packing_in * in,
-      packing_out / split * out].
+      [w, rows_out, 1, rows_in, 3, operands, packing_in * in, packing_out * out].
     """
     if geometry.adjoint:
         weight = weight.swapaxes(3, 4)
-    columns, rows = _tensors(geometry, split)
-    if columns.shape[3] == 1:
-        # Whole taps: sums of a few arrays, where an einsum would be a slow convolution.
-        _, row_ins, row_outs, _ = rows.shape
-        by_row = {
-            (s, r, y, x): _sum(rows[y, r, s], [weight[:, u, x] for u in range(3)])
-            for s, r, y, x in np.ndindex(row_outs, row_ins, 3, 3)
-        }
-        operands, inside = columns.shape[:2]
-        lead = row_outs, split, row_ins, 3, operands, inside
-        cells = jnp.stack(
-            [
-                _sum(columns[t, j, m, 0], [by_row[s, r, y, x] for x in range(3)])
-                for s, m, r, y, t, j in np.ndindex(lead)
-            ],
-            1,
-        )
-        cells = cells.reshape(-1, *lead, cells.shape[2], 1, cells.shape[3])
-    else:
-        cells = jnp.einsum(
-            "tjmnx,yrsu,wuxio->wsmrytjino", columns, rows, weight, precision="highest"
-        )
-    shape = cells.shape
-    return cells.reshape(*shape[:6], shape[6] * shape[7], shape[8] * shape[9])
+    if geometry.pixels:
+        weight = weight[:, ::-1, ::-1] if geometry.adjoint else weight
+        return weight[:, None, None, None]
+    cells = jnp.einsum(
+        "tjnx,yrsu,wuxio->wsrytjino",
+        geometry.columns,
+        geometry.rows,
+        weight,
+        precision="highest",
+    )
+    *lead, packing_in, depth, packing_out, width = cells.shape
+    cells = cells.reshape(*lead, packing_in * depth, packing_out * width)
+    return cells[:, :, None]
 
 
 def pixel_weight(cells: Array, geometry: Geometry) -> Array:
     """The transpose of `cell_weight`, for gradients.
 
     Args:
-      cells: [w, rows_out, split, rows_in, 3, operands, channels, outputs].
-      geometry: of the cells.
+      cells: [w, rows_out, 1, rows_in, 3, operands, channels, outputs].
+      geometry: of the cells, not adjoint.
 
     Returns:
       [w, 3, 3, in, out].
     """
-    *lead, depth, width = cells.shape
-    columns, rows = _tensors(geometry, lead[2])
-    if columns.shape[1] == columns.shape[3] == 1:
-        _, row_outs, splits, row_ins, _, operands = lead
-        inside, across = columns[:, 0, :, 0], list(np.ndindex(operands, splits))
-        by_column = {
-            (s, r, y, x): _sum(
-                [inside[t, m, x] for t, m in across],
-                [cells[:, s, m, r, y, t] for t, m in across],
-            )
-            for s, r, y, x in np.ndindex(row_outs, row_ins, 3, 3)
-        }
-        down = list(np.ndindex(row_outs, row_ins, 3))
-        taps = [
-            _sum(
-                [rows[y, r, s, u] for s, r, y in down],
-                [by_column[s, r, y, x] for s, r, y in down],
-            )
-            for u, x in np.ndindex(3, 3)
-        ]
-        weight = jnp.stack(taps, 1).reshape(-1, 3, 3, depth, width)
-    else:
-        packing_in, packing_out = columns.shape[1], columns.shape[3]
-        cells = cells.reshape(
-            *lead, packing_in, depth // packing_in, packing_out, width // packing_out
-        )
-        weight = jnp.einsum(
-            "tjmnx,yrsu,wsmrytjino->wuxio", columns, rows, cells, precision="highest"
-        )
-    return weight.swapaxes(3, 4) if geometry.adjoint else weight
-
-
-def _sum(factors, arrays) -> Array:
-    """The linear combination of a few arrays, without those of factor zero."""
-    terms = [float(f) * a for f, a in zip(factors, arrays, strict=True) if f]
-    return sum(terms[1:], terms[0]) if terms else jnp.zeros_like(arrays[0])
-
-
-def _tensors(geometry: Geometry, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """`columns` as [operand, in, split, out / split, 3], and `rows`."""
-    columns = geometry.columns
-    operands, inside, outside, taps = columns.shape
-    shape = operands, inside, split, outside // split, taps
-    return columns.reshape(shape), geometry.rows
+    if geometry.pixels:
+        return cells[:, 0, 0, 0]
+    *lead, depth, width = cells[:, :, 0].shape
+    inside, outside = geometry.packing_in, geometry.packing_out
+    cells = cells.reshape(*lead, inside, depth // inside, outside, width // outside)
+    return jnp.einsum(
+        "tjnx,yrsu,wsrytjino->wuxio",
+        geometry.columns,
+        geometry.rows,
+        cells,
+        precision="highest",
+    )

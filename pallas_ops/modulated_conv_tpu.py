@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_ops import cell_conv_tpu as kernels
+from pallas_ops import cell_weight_tpu
 from pallas_ops.cells import (
     LANES,
     Geometry,
@@ -61,6 +62,11 @@ class Plan(NamedTuple):
         )
 
     @property
+    def sums_taps(self) -> bool:
+        """Whether cells are columns of 128 channels or more, their taps sums of 9."""
+        return self.geometry.up and self.split == 2
+
+    @property
     def transposed(self) -> "Plan":
         return self._replace(geometry=self.geometry.transposed)
 
@@ -70,9 +76,13 @@ def _call(plan: Plan, x: Array, weight: Array, scale_in: Array, scale_out: Array
     geometry = plan.geometry
     weight = weight.astype(jnp.float32)
     weight = weight[None] if weight.ndim == 4 else weight
+    if plan.sums_taps:
+        cells = cell_weight_tpu.cell_weight(weight, geometry, x.dtype, plan.interpret)
+    else:
+        cells = cell_weight(weight, geometry).astype(x.dtype)
     return kernels.convolve(
         x,
-        cell_weight(weight, geometry, plan.split_out).astype(x.dtype),
+        cells,
         geometry,
         scale_in=jnp.tile(scale_in, (1, geometry.packing_in)),
         scale_out=jnp.tile(scale_out, (1, plan.packing[1])),
@@ -167,7 +177,11 @@ def _own_gradient(
         split=plan.split,
         interpret=plan.interpret,
     )
-    return pixel_weight(cells, plan.geometry), sums
+    if plan.sums_taps:
+        own = cell_weight_tpu.pixel_weight(cells, plan.geometry, plan.interpret)
+    else:
+        own = pixel_weight(cells, plan.geometry)
+    return own, sums
 
 
 def _own_forward(plan, *args):
