@@ -1,9 +1,10 @@
-"""Changed codes: rows mixed with those of other codes, and moves along directions.
+"""Changed codes: rows of other codes, moves along directions or by a latent mapper.
 
 A direction file is an `.npz` with `direction` [1 or num_ws, w_dim], as `python -m
 convert age.pt directions/age.npz` writes it of a published one.
 """
 
+import dataclasses
 import io
 import math
 import re
@@ -15,6 +16,8 @@ import numpy as np
 from etils import epath
 
 from jaxstyle.errors import UserError
+from jaxstyle.mapper import Mapper, load, move
+from jaxstyle.stylegan2 import Generator, Params
 
 
 def mix_rows(
@@ -128,6 +131,68 @@ def apply_edits(codes: np.ndarray, edits: Sequence[Edit]) -> np.ndarray:
     """Codes w_plus [n, num_ws, w_dim] moved along all directions."""
     moved = codes + sum(edit.strength * edit.direction for edit in edits)
     return np.asarray(moved, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoveOptions:
+    """How faces are moved before they are drawn."""
+
+    edit: tuple[str, ...] = ()
+    """Move the codes along directions, all of them added: age:+3 smile:-1.5."""
+    directions: str = "directions"
+    """Folder of direction files NAME.npz, as `python -m convert` writes them."""
+    mapper: str = ""
+    """Move the codes by a latent mapper: a run of train.mapper."""
+    mapper_strength: float = 1.0
+    """Share of the mapper's move; above 1 goes on in its direction."""
+
+
+class Moves(NamedTuple):
+    """What `MoveOptions` do to the codes of a generator.
+
+    Attributes:
+      label: for file names, `age+3`; empty: nothing.
+      edits: moves along directions.
+      mapper: module and parameters, or None.
+      strength: of the mapper.
+    """
+
+    label: str
+    edits: list[Edit]
+    mapper: tuple[Mapper, Params] | None
+    strength: float
+
+    def apply(self, codes: np.ndarray) -> np.ndarray:
+        """Codes w_plus [n, num_ws, w_dim] moved, by the mapper first."""
+        codes = np.asarray(codes, np.float32)
+        if self.mapper is not None:
+            codes = move(self.mapper, codes, self.strength)
+        return apply_edits(codes, self.edits)
+
+
+def read_moves(options: MoveOptions, generator: Generator) -> Moves:
+    """The moves that options ask for.
+
+    Raises:
+      UserError: see `parse_edit` and `mapper.load`; a strength that is not finite.
+    """
+    found = [
+        parse_edit(text, options.directions, generator.num_ws, generator.w_dim)
+        for text in options.edit
+    ]
+    labels, mapper = [edit.label for edit in found], None
+    if not math.isfinite(options.mapper_strength):
+        raise UserError(
+            f"--mapper-strength is {options.mapper_strength}; it must be a number"
+        )
+    if options.mapper:
+        mapper = load(options.mapper, generator)
+        strength = options.mapper_strength
+        labels.insert(0, epath.Path(options.mapper).name)
+        labels[0] += "" if strength == 1 else f"{strength:+g}"
+    elif options.mapper_strength != 1:
+        raise UserError("--mapper-strength is given, but no --mapper")
+    return Moves("_".join(labels), found, mapper, options.mapper_strength)
 
 
 class Changes(NamedTuple):

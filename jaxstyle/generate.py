@@ -5,6 +5,7 @@
     python -m jaxstyle.generate --mix --rows 0-3 --cols 4-7 --styles 0-6
     python -m jaxstyle.generate --codes me.npz --format npy
     python -m jaxstyle.generate --weights weights/cartoon --fix content --grid
+    python -m jaxstyle.generate --weights runs/sketch --mapper runs/mapper-a-cat
 
 Every seed stands for one face of a generator, whatever other seeds are asked for; the
 same command writes the same bytes again. Finetuned generators keep the faces of their
@@ -25,7 +26,7 @@ import numpy as np
 import tyro
 from etils import epath
 
-from jaxstyle import dual_style, images, pipeline, weights
+from jaxstyle import dual_style, edits, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
@@ -76,6 +77,7 @@ class Options:
     """Another checkpoint of a run than its last."""
     style: str | None = None
     """Which style of a run that trained several: its name or number."""
+    moves: Annotated[edits.MoveOptions, tyro.conf.OmitArgPrefixes] = edits.MoveOptions()
     fix: str = ""
     """Of a DualStyleGAN style: what all pictures have from the first seed: content,
     color, structure, or several of these with commas."""
@@ -174,6 +176,8 @@ def check(options: Options, generator: Generator) -> None:
         raise UserError(f"--psi is {options.psi}; it must be a number such as 0.7")
     if options.mix and (options.codes or options.compare):
         raise UserError("--mix goes with seeds; leave out --codes and --compare")
+    if options.mix and options.moves != edits.MoveOptions():
+        raise UserError("--mix moves no codes; leave out --edit and --mapper")
 
 
 def draw_mix(options: Options, generator: Generator, params: Any) -> None:
@@ -236,6 +240,12 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
         seeds, space = pipeline.parse_numbers(options.seeds, "--seeds"), "z"
         codes = pipeline.seed_codes(seeds, generator.z_dim)
         labels = [f"seed{s:04d}" for s in seeds]
+    moves = edits.read_moves(options.moves, generator)
+    if space == "styles" and moves.label:
+        raise UserError(
+            f"{options.codes} holds style vectors; --edit and --mapper move codes"
+        )
+    labels = ["-".join(filter(None, [label, moves.label])) for label in labels]
     if space == "styles" and options.psi not in (None, 1):
         raise UserError(
             f"--psi is {options.psi}, but style vectors cannot be truncated; give "
@@ -248,8 +258,10 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
         for suffix, (module, values) in networks.items():
             chosen = jax.tree.map(lambda x, p=part: x[p], codes)
             if space != "styles":
-                chosen = pipeline.to_w_plus(
-                    module, values, chosen, space, **truncation(options)
+                chosen = moves.apply(
+                    pipeline.to_w_plus(
+                        module, values, chosen, space, **truncation(options)
+                    )
                 )
             drawn = pipeline.pictures(
                 module,
@@ -338,6 +350,9 @@ def draw_dual(options: Options) -> None:
     if space == "styles":
         raise UserError(f"{options.codes} holds style vectors; give w_plus, w or z")
     faces = pipeline.to_w_plus(generator, base, codes, space, batch=options.batch)
+    moves = edits.read_moves(options.moves, generator)
+    faces = moves.apply(faces)
+    labels = ["-".join(filter(None, [label, moves.label])) for label in labels]
     if "content" in fixed:
         faces = np.broadcast_to(faces[:1], faces.shape)
     kept, captions = [], []

@@ -3,6 +3,7 @@
     python -m jaxstyle.interpolate --from 3 --to 8 --out morph.webp --n 48
     python -m jaxstyle.interpolate --from me.jpg --to 5 --weights runs/jojo-art
     python -m jaxstyle.interpolate --from me.jpg --intensity sweep --out fade.gif
+    python -m jaxstyle.interpolate --from me.jpg --edit age:+4 --out older.webp
     python -m jaxstyle.interpolate --from 3 --weights heads runs/a runs/b --morph
     python -m jaxstyle.interpolate --from 3 --to 8 --weights a b c d --out video.webp
     python -m jaxstyle.interpolate --from 3 --to 8 --weights cartoon --style-id 5 53
@@ -29,7 +30,7 @@ import numpy as np
 import tyro
 from etils import epath
 
-from jaxstyle import dual_style, images, pipeline, weights
+from jaxstyle import dual_style, edits, images, pipeline, weights
 from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.blend import way_between
 from jaxstyle.cache import use_compilation_cache
@@ -56,7 +57,7 @@ class Options:
     start: Annotated[str, tyro.conf.arg(name="from")]
     """Where to begin: a seed, an .npz of codes, or a photo."""
     end: Annotated[str, tyro.conf.arg(name="to")] = ""
-    """Where to end; empty with --intensity sweep: the face stays."""
+    """Where to end; empty: the face stays, or goes where --edit or --mapper move it."""
     weights: tuple[str, ...] = ()
     """Generators, one row or tile each. None: the model that ships with us, or with
     --intensity sweep the newest finished run under runs/."""
@@ -74,6 +75,9 @@ class Options:
     layers: str = "all"
     """Layers that take the style: all, structure, color, or numbers of modulated layers
     such as 0-8,12."""
+    moves_of_codes: Annotated[edits.MoveOptions, tyro.conf.OmitArgPrefixes] = (
+        edits.MoveOptions()
+    )
     morph: bool = False
     """Go from each of --weights to the next, in even parts of the way."""
     moves: tuple[Literal["face", "style", "both"], ...] = ()
@@ -147,6 +151,7 @@ def way(options: Options, style: Style) -> np.ndarray:
       UserError: ends that have no z when the way runs in it.
     """
     ends = [end_code(t, options, style) for t in (options.start, options.end) if t]
+    moves = edits.read_moves(options.moves_of_codes, style.generator)
     spaces = {space for _, space in ends}
 
     def to_w_plus(codes, space):
@@ -162,9 +167,11 @@ def way(options: Options, style: Style) -> np.ndarray:
             )
         # The mapping network normalises z: a straight line is an arc on its sphere.
         codes = line(ends[0][0][0], ends[-1][0][0], options.n)
-        return to_w_plus(codes, "z")
+        return moves.apply(to_w_plus(codes, "z"))
     codes = [to_w_plus(*end)[0] for end in ends]
-    return line(codes[0], codes[-1], options.n)
+    last = moves.apply(codes[-1][None])[0]
+    first = moves.apply(codes[0][None])[0] if options.end else codes[0]
+    return line(first, last, options.n)
 
 
 def dual_rows(
@@ -176,7 +183,8 @@ def dual_rows(
       UserError: moves without two ends, or nothing that changes.
     """
     style, exemplars = styles[0], [s.exemplar for s in styles]
-    ends = {"face": bool(options.end), "style": len(exemplars) > 1}
+    moved = options.moves_of_codes != edits.MoveOptions()
+    ends = {"face": bool(options.end) or moved, "style": len(exemplars) > 1}
     two = [name for name, there in ends.items() if there]
     sweep = options.intensity == "sweep"
     moves = options.moves or (["both"] if len(two) == 2 else two) or ["both"][:sweep]
@@ -280,11 +288,12 @@ def check(options: Options) -> None:
         raise UserError("--morph goes between weights; give two or more --weights")
     if options.morph and (options.intensity != 1 or options.layers != "all"):
         raise UserError("--morph mixes whole generators: no --intensity, no --layers")
-    changes = options.morph or options.table or len(options.dual.style_id) > 1
+    moves = options.moves_of_codes != edits.MoveOptions()
+    changes = options.morph or options.table or len(options.dual.style_id) > 1 or moves
     if not options.end and options.intensity != "sweep" and not changes:
         raise UserError(
-            "--to is not given; name an end, or let the style change with --intensity "
-            "sweep or --morph"
+            "--to is not given; name an end, move the face with --edit, or let the "
+            "style change with --intensity sweep or --morph"
         )
 
 

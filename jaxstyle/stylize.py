@@ -7,6 +7,7 @@
     python -m jaxstyle.stylize me.jpg --weights weights/cartoon --style-id 53
     python -m jaxstyle.stylize me.jpg --weights weights/cartoon --style art.png
     python -m jaxstyle.stylize --overview --weights weights/cartoon
+    python -m jaxstyle.stylize me.jpg --weights runs/nada-photo-sketch --edit age:+3
 
 The face is cut out and turned upright, its code is found on the generator that the
 style was finetuned from, and the finetuned generator draws the code again. The code is
@@ -32,7 +33,7 @@ import tyro
 from etils import epath
 from jax import Array
 
-from jaxstyle import dual_style, images, pipeline, weights
+from jaxstyle import dual_style, edits, images, pipeline, weights
 from jaxstyle.align import AlignOptions, paste_back, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
@@ -95,6 +96,7 @@ class Options:
     new: Annotated[dual_style.NewOptions, tyro.conf.OmitArgPrefixes] = (
         dual_style.NewOptions()
     )
+    moves: Annotated[edits.MoveOptions, tyro.conf.OmitArgPrefixes] = edits.MoveOptions()
     search: Annotated[Search, tyro.conf.OmitArgPrefixes] = DEFAULT_SEARCH
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
 
@@ -422,9 +424,10 @@ def draw(
 ) -> Any:
     """Stylise one photo and write all its files; returns the path of the main one.
 
-    `--out` a folder: NAME-STYLE.png, with a sheet NAME-grid.png. A file: the sheet if
-    there is one, else the result, NAME-STYLE beside it. NAME-face.png and the code
-    NAME-DIGEST.npz belong to the photo, whatever the results are called.
+    `--out` a folder: NAME-STYLE.png (NAME-STYLE-MOVES.png), with a sheet NAME-grid.png.
+    A file: the sheet if there is one, else the result, NAME-STYLE beside it.
+    NAME-face.png and the code NAME-DIGEST.npz belong to the photo, whatever the results
+    are called.
 
     Args:
       options: of the command.
@@ -439,8 +442,11 @@ def draw(
         (out.parent / out.stem, out.suffix) if given else (out / name, ".png")
     )
 
+    moved = edits.read_moves(options.moves, styles[0].generator).label
+
     def beside(what):
-        return stem.parent / f"{stem.name}-{what}{suffix}"
+        name = "-".join(filter(None, [stem.name, what, moved]))
+        return stem.parent / f"{name}{suffix}"
 
     main_path = out if given else beside("grid" if sheet else styles[0].name)
     crop, alignment = face
@@ -460,9 +466,10 @@ def draw(
                 seed=options.seed,
                 cache=stem.parent / name,
             )
+        moves = edits.read_moves(options.moves, style.generator)
         result = stylize(
             style,
-            codes[style.base_name],
+            moves.apply(codes[style.base_name][None])[0],
             intensity=options.intensity,
             layers=options.layers,
             **noise,

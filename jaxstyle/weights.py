@@ -46,6 +46,7 @@ KINDS = {
     "dualstylegan": "jaxstyle.dualstylegan:DualStyleGAN",
     "exemplars": "jaxstyle.exemplars:Exemplars",
     "exemplar_sampler": "jaxstyle.exemplars:Sampler",
+    "latent_mapper": "jaxstyle.mapper:Mapper",
     "lpips": "jaxstyle.features.lpips:LPIPS",
     "vgg": "jaxstyle.features.vgg:VGG",
     "arcface": "jaxstyle.features.identity:ArcFace",
