@@ -154,9 +154,9 @@ def start(run: RunOptions) -> Mesh:
             "or leave --require out"
         )
     processes.check_same(processes.versions() | dataclasses.asdict(run))
-    mesh = sharding.make_mesh(
-        run.mesh_style, run.mesh_data, run.mesh_fsdp, run.mesh_space
-    )
+    # The mesh to compile for is not of these devices.
+    axes = (run.mesh_style, run.mesh_data, run.mesh_fsdp, run.mesh_space)
+    mesh = sharding.make_mesh(*((1, 1, 1, 1) if run.compile_for else axes))
     if run.debug_nans:
         jax.config.update("jax_debug_nans", True)
     if jax.process_index() == 0:

@@ -9,9 +9,16 @@ instead of training compiles every step with the TPU compiler. Prints the memory
 chip against what it has, the compiler's estimate of the time (never a measured one; see
 pallas_ops/README.md) and the collectives. `--size` stands in for weights that you do
 not have yet: random ones of the published architecture.
+
+Of a run that does not fit, each option that saves memory is compiled too, to see which
+would help. `--find-batch` searches the largest batch that fits instead: `--batch`, of
+train.jojo `--mixes`, or with `--separate` the styles at a time, `--group`.
 """
 
 import argparse
+import atexit
+import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -22,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -32,7 +40,25 @@ from train import sharding
 
 # Memory in GiB of the chips that the bench knows.
 HBM = {"v5e": 16, "v5p": 95, "v6e": 32}
+# Compilations that the search for a batch may take.
+TRIES = 10
 COLLECTIVES = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+class Compiled(SystemExit):
+    """The end of a run that was only compiled; `records` are those of `report`."""
+
+    def __init__(self, records: list[dict]):
+        super().__init__(0)
+        self.records = records
+
+
+@functools.cache
+def dump_folder() -> Path:
+    """Where the compiler leaves its files; it looks up the place once in its life."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(bench.dumps())
 
 
 def topology_devices(name: str) -> Sequence[Any]:
@@ -61,6 +87,12 @@ def topology_devices(name: str) -> Sequence[Any]:
     return found.devices
 
 
+def mesh_for(topology: str, style: int, data: int, fsdp: int, space: int) -> Mesh:
+    """The mesh of a run on the chips of a topology."""
+    devices = topology_devices(topology)
+    return sharding.make_mesh(style, data, fsdp, space, devices=devices)
+
+
 def abstract(tree: Any, layout: Any) -> Any:
     """Shapes in place of arrays, laid out as `layout` says."""
     return jax.tree.map(
@@ -68,6 +100,16 @@ def abstract(tree: Any, layout: Any) -> Any:
         tree,
         layout,
     )
+
+
+def bytes_a_chip(tree: Any, layout: Any) -> int:
+    """What a chip holds of a tree, without the padding of the chip's own layout."""
+    sizes = jax.tree.map(
+        lambda x, where: int(np.prod(where.shard_shape(x.shape))) * x.dtype.itemsize,
+        tree,
+        layout,
+    )
+    return sum(jax.tree.leaves(sizes))
 
 
 def report(
@@ -92,41 +134,61 @@ def report(
     Returns:
       A dict an entry: `memory` and its parts in bytes a chip, `ms`, `collectives` as
       {operation: [count, bytes]} (`ms` may be None, with `why`); or `error`.
+
+    Raises:
+      UserError: a batch that the mesh cannot split.
     """
     chip = run.compile_for.split(":")[0]
-    found = []
-    with bench.dumps() as folder:
-        mesh = sharding.make_mesh(
-            run.mesh_style,
-            run.mesh_data,
-            run.mesh_fsdp,
-            run.mesh_space,
-            devices=topology_devices(run.compile_for),
-        )
-        print(f"{run.compile_for}: {sharding.describe(mesh.shape)}")
-        layout = sharding.shardings(state, mesh, rules)
-        frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
-        rows = {n: sharding.batch_sharding(mesh, x.ndim) for n, x in batch.items()}
-        args = (
-            abstract(state, layout),
-            abstract(frozen, frozen_layout),
-            abstract(dict(batch), rows),
-        )
-        for index, interval in enumerate(every):
-            if not interval:
-                continue
-            record = {"entry": index, "every": interval}
-            try:
-                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    step = entry(index, mesh, layout, frozen_layout)
-                    compiled = step.lower(*args).compile()
-                record |= measured(compiled, folder, chip)
-            except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-                record["error"] = str(error).split("\n")[0][:300]
-            bench.clear(folder)
-            print(line(record, chip), flush=True)
-            found.append(record)
+    found, folder = [], dump_folder()
+    mesh = mesh_for(
+        run.compile_for, run.mesh_style, run.mesh_data, run.mesh_fsdp, run.mesh_space
+    )
+    if batch:
+        sharding.check_batch(run.batch, mesh)
+    print(f"{run.compile_for}: {sharding.describe(mesh.shape)}")
+    layout = sharding.shardings(state, mesh, rules)
+    frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
+    rows = {n: sharding.batch_sharding(mesh, x.ndim) for n, x in batch.items()}
+    parts = {
+        "parameters": bytes_a_chip(
+            (state.params, state.ema), (layout.params, layout.ema)
+        ),
+        "optimiser": bytes_a_chip(state.opt_state, layout.opt_state),
+        "frozen networks and data": bytes_a_chip(
+            (dict(frozen), dict(batch)), (frozen_layout, rows)
+        ),
+    }
+    print("; ".join(f"{n} {size / 2**30:.3f} GiB" for n, size in parts.items()))
+    args = (
+        abstract(state, layout),
+        abstract(frozen, frozen_layout),
+        abstract(dict(batch), rows),
+    )
+    for index, interval in enumerate(every):
+        if not interval:
+            continue
+        record = {"entry": index, "every": interval, "chip": chip, "parts": parts}
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                step = entry(index, mesh, layout, frozen_layout)
+                compiled = step.lower(*args).compile()
+            record |= measured(compiled, folder, chip)
+        except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+            record["error"] = str(error).split("\n")[0][:300]
+        bench.clear(folder)
+        print(line(record, chip), flush=True)
+        found.append(record)
+    if all(record.get("ms") for record in found):
+        mean = sum(record["ms"] / record["every"] for record in found)
+        print(f"an iteration: {mean:.1f} ms in the mean, by the compiler's estimate")
     return found
+
+
+def fits(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every step has room."""
+    return all(
+        "error" not in r and r["memory"] <= HBM[r["chip"]] * 2**30 for r in records
+    )
 
 
 def measured(compiled: Any, folder: Path, chip: str) -> dict:
@@ -157,7 +219,7 @@ def line(record: Mapping[str, Any], chip: str) -> str:
     if "error" in record:
         return f"{name}: {record['error']}"
     gib = {n: record[n] / 2**30 for n in ("memory", "arguments", "temporaries")}
-    fits = "fits" if gib["memory"] <= HBM[chip] else "DOES NOT FIT"
+    verdict = "fits" if gib["memory"] <= HBM[chip] else "DOES NOT FIT"
     talk = ", ".join(
         f"{count} {operation} of {size / 2**20:.1f} MiB"
         for operation, (count, size) in record["collectives"].items()
@@ -167,8 +229,8 @@ def line(record: Mapping[str, Any], chip: str) -> str:
     else:
         time = f"{record['ms']:.1f} ms by the compiler's estimate"
     return (
-        f"{name}: {gib['memory']:.2f} of {HBM[chip]} GiB a chip, {fits} (state and "
-        f"frozen networks {gib['arguments']:.2f}, temporaries "
+        f"{name}: {gib['memory']:.2f} of {HBM[chip]} GiB a chip, {verdict} (held "
+        f"from step to step {gib['arguments']:.2f}, activations and other temporaries "
         f"{gib['temporaries']:.2f}); {time}; collectives: {talk or 'none'}"
     )
 
@@ -187,6 +249,82 @@ def random_weights(size: int, folder: Path) -> Path:
     return folder / "random"
 
 
+def compiled(scheme: Any, args: Sequence[str]) -> list[dict]:
+    """The records of a scheme's command line; none where it refuses its options."""
+    try:
+        scheme.main(list(args))
+    except Compiled as end:
+        return end.records
+    except SystemExit as end:
+        if not end.code:
+            raise
+        return []
+    raise UserError("this command ends without training anything")
+
+
+def knobs(args: Sequence[str], chips: int) -> dict[str, list[str]]:
+    """Options that save memory; those that are given already are left out."""
+    found = {"--remat": [], "--dtype": ["bfloat16"]}
+    if several := [str(n) for n in (2, 4, 8) if chips % n == 0]:
+        found |= {"--mesh-fsdp": several[-1:], "--mesh-space": ["2"]}
+    return {flag: value for flag, value in found.items() if flag not in args}
+
+
+def advise(scheme: Any, args: Sequence[str], mesh: Mesh) -> None:
+    """Compile with one option more at a time, and say which would do."""
+    helped = []
+    for flag, value in knobs(args, mesh.size).items():
+        print(f"with {' '.join([flag, *value])}:", flush=True)
+        found = compiled(scheme, [*args, flag, *value, "--mesh-data", "0"])
+        helped += [" ".join([flag, *value])] if found and fits(found) else []
+    if helped:
+        print(f"it would fit with {', or with '.join(helped)}")
+    else:
+        print(
+            "none of them makes it fit: combine them, take more chips, or a smaller "
+            "batch, which --find-batch finds"
+        )
+
+
+def find_batch(scheme: Any, args: Sequence[str], flag: str, unit: int) -> int:
+    """The largest number for `flag` found to fit; 0 where the smallest does not.
+
+    Memory grows nearly in proportion, so two compilations tell where to look.
+
+    Args:
+      scheme: its module.
+      args: its options, `--compile-for` among them.
+      flag: of what is searched.
+      unit: it is a multiple of this.
+    """
+    chip = args[args.index("--compile-for") + 1].split(":")[0]
+    # Of those that fit, bytes by how many units.
+    memory: dict[int, int] = {}
+    count, high = 1, 0
+    for _ in range(TRIES):
+        print(f"{flag} {count * unit}:", flush=True)
+        records = compiled(scheme, [*args, flag, str(count * unit)])
+        if not records:
+            break
+        if fits(records):
+            memory[count] = max(r["memory"] for r in records)
+        else:
+            high = count
+        low = max(memory, default=0)
+        if high and high - low <= 1:
+            break
+        count = 2 * max(low, 1)
+        if len(memory) > 1:
+            first = min(memory)
+            slope = max(1, (memory[low] - memory[first]) / (low - first))
+            count = low + int((HBM[chip] * 2**30 - memory[low]) / slope)
+        count = min(max(count, low + 1), high - 1 if high else 16 * low)
+    low = max(memory, default=0)
+    more = f"; {high * unit} does not" if high else ""
+    print(f"the largest {flag} found to fit is {low * unit}{more}")
+    return low * unit
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m train.fits`."""
@@ -194,10 +332,14 @@ def main(args: list[str] | None = None) -> None:
         prog="python -m train.fits",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("scheme", help="such as jojo; then its own options")
     parser.add_argument("--topology", required=True, help="such as v5e:4x4")
     parser.add_argument("--size", type=int, help="random weights of this size")
+    parser.add_argument(
+        "--find-batch", action="store_true", help="search the largest batch that fits"
+    )
     chosen, rest = parser.parse_known_args(sys.argv[1:] if args is None else args)
     found = importlib.util.find_spec(f"train.{chosen.scheme}")
     scheme = found and importlib.import_module(f"train.{chosen.scheme}")
@@ -209,7 +351,20 @@ def main(args: list[str] | None = None) -> None:
         rest += ["--compile-for", chosen.topology, "--out", f"{folder}/run"]
         if chosen.size:
             rest += ["--weights", str(random_weights(chosen.size, Path(folder)))]
-        scheme.main(rest)
+        axes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name, usual in ("style", 1), ("data", 0), ("fsdp", 1), ("space", 1):
+            axes.add_argument(f"--mesh-{name}", type=int, default=usual)
+        sizes = vars(axes.parse_known_args(rest)[0]).values()
+        mesh = mesh_for(chosen.topology, *sizes)
+        if chosen.find_batch and "--separate" in rest:
+            find_batch(scheme, rest, "--group", mesh.shape["style"])
+        elif chosen.find_batch:
+            flag = "--mixes" if chosen.scheme == "jojo" else "--batch"
+            find_batch(scheme, rest, flag, sharding.batch_places(mesh))
+        elif not (records := compiled(scheme, rest)):
+            sys.exit(1)
+        elif not fits(records):
+            advise(scheme, rest, mesh)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,7 @@ def fit(
             return _jit(schedule[index][1], index, layout, frozen_layout, mesh)
 
         every = [interval for interval, _ in schedule]
-        fits.report(run, entry, state, frozen, every, batch, rules)
-        raise SystemExit(0)
+        raise fits.Compiled(fits.report(run, entry, state, frozen, every, batch, rules))
     with open_folder(options, networks, metadata, identity) as folder:
         layout = sharding.shardings(state, mesh, rules)
         state = sharding.place(state, layout)
