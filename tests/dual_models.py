@@ -1,13 +1,12 @@
 """A face model, an encoder to z+, judges and portraits small enough for every test."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxstyle import weights
 from jaxstyle.encoders import GradualStyleEncoder
+from jaxstyle.exemplars import Exemplars
 from jaxstyle.features.identity import ArcFace
-from jaxstyle.features.lpips import LPIPS
 from jaxstyle.images import save_image
 from jaxstyle.stylegan2 import Discriminator, Generator
 
@@ -40,11 +39,8 @@ def save_all(folder):
         ("encoder", {"encoder": ENCODER}, {"space": "z_plus"}),
         ("identity", {"identity": IDENTITY}, {}),
     ):
-        key = jax.random.key(len(name))
-        params = {
-            n: jax.jit(m.init_params)(key=jax.random.fold_in(key, i))
-            for i, (n, m) in enumerate(networks.items())
-        }
+        rng = np.random.default_rng(len(name))
+        params = {n: random_params(m, rng) for n, m in networks.items()}
         weights.save(folder / name, networks, params, metadata=more)
     rng = np.random.default_rng(0)
     for i in (2, 10, 1):
@@ -55,22 +51,22 @@ def save_all(folder):
 
 def save_exemplars(folder, names=("1.png", "2.png", "10.png")):
     """Write a table of random codes; its path as text."""
-    from jaxstyle.exemplars import Exemplars
-
     kinds = ("extrinsic", "intrinsic")
     module = Exemplars(names=names, num_ws=8, z_dim=8, codes=kinds)
     shape = (len(names), 8, 8)
-    params = {
-        kind: jax.random.normal(jax.random.key(i), shape)
-        for i, kind in enumerate(kinds)
-    }
+    rng = np.random.default_rng(0)
+    params = {kind: rng.standard_normal(shape, np.float32) for kind in kinds}
     weights.save(folder, {"exemplars": module}, {"exemplars": params})
     return str(folder)
 
 
-def tiny_lpips(folder):
-    """Write an LPIPS of AlexNet's shape; its path as text."""
-    module = LPIPS()
-    params = jax.tree.map(jnp.asarray, module.init_params(key=jax.random.key(0)))
-    weights.save(folder, {"lpips": module}, {"lpips": params})
-    return str(folder)
+def random_params(module, rng):
+    """Normal parameters, without a program to compile; variances are positive."""
+    shapes = jax.eval_shape(lambda: module.init_params(key=jax.random.key(0)))
+
+    def draw(path, shape):
+        values = rng.standard_normal(shape.shape, np.float32)
+        positive = jax.tree_util.keystr(path).endswith("['var']")
+        return np.abs(values) + 0.5 if positive else values
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -30,11 +30,13 @@ says nothing of it. LPIPS is AlexNet's unless --perceptual-net names a folder of
 the published one. At 1024 px a picture takes some minutes of an accelerator.
 """
 
+import contextlib
 import dataclasses
 import time
 import zlib
+from collections.abc import Sequence
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -321,59 +323,72 @@ def check(options: Options, generator: Generator) -> None:
 
 def search(options: Options, mesh: Any) -> None:
     """The whole run; what `main` calls after reading the command line."""
-    run = options.run
-    sharding.check_batch(run.batch, mesh)
+    sharding.check_batch(options.run.batch, mesh)
     files = image_files(options.data)
     networks, frozen = load(options)
     check(options, networks.generator)
-    know_fn = jax.jit(partial(know, networks, options))
-    size = (run.batch, *(options.judge_size,) * 2, 3)
+    if options.run.compile_for:
+        find(options, mesh, networks, frozen, None, files)
     metadata = {"scheme": "destylize", "base": options.weights}
-    parts, left = None, files
-    if not run.compile_for:
-        digests = {name: weights.digest(p) for name, p in frozen.items()}
-        parts = portraits.Parts(options, metadata, digests)
-        left = parts.left(files)
-    if left:
-        frozen = portraits.place_whole(frozen, mesh)
-        with jax.set_mesh(mesh):
-            given = jax.eval_shape(know_fn, frozen, jax.ShapeDtypeStruct(size, "f4"))
-            state = jax.eval_shape(
-                lambda z: start_state(networks, z, np.zeros(run.batch, "u4"), 0),
-                given["z_plus"],
-            )
-            step = portraits.compiled(
-                make_step(networks, options), run, mesh, state, frozen, given
-            )
-            finish_fn = jax.jit(partial(finish, networks, options))
-            done = len(files) - len(left)
-            for names, pictures in portraits.chunks(left, run.batch, size[1]):
-                began = time.perf_counter()
-                given = know_fn(frozen, portraits.place_rows(pictures, mesh))
-                seeds = [zlib.crc32(f.name.encode()) for f in names]
-                seeds += seeds[-1:] * (run.batch - len(names))
-                state = start_state(
-                    networks, given["z_plus"], np.array(seeds, "u4"), run.seed
-                )
-                state = portraits.place(state, mesh)
-                for _ in range(run.steps):
-                    state, terms = step(state, frozen, given)
-                found = portraits.fetch(finish_fn(frozen, given, state["point"]))
-                terms = portraits.fetch(terms)
-                for i, file in enumerate(names):
-                    parts.write(
-                        file,
-                        found["shown"][i],
-                        extrinsic=found["extrinsic"][i],
-                        intrinsic=found["intrinsic"][i],
-                    )
-                done += len(names)
-                portraits.tell(done, len(files), names, terms, began)
-    names, tables = portraits.assemble(parts, files)
-    rows, width = tables["extrinsic"].shape[1:]
-    module = Exemplars(names, rows, width, ("extrinsic", "intrinsic"))
-    tables = {name: tables[name] for name in module.codes}
-    portraits.save(parts, {"exemplars": module}, {"exemplars": tables}, metadata)
+    digests = {name: weights.digest(p) for name, p in frozen.items()}
+    with contextlib.closing(portraits.Parts(options, metadata, digests)) as parts:
+        find(options, mesh, networks, frozen, parts, files)
+        names, tables = portraits.assemble(parts, files)
+        rows, width = tables["extrinsic"].shape[1:]
+        module = Exemplars(names, rows, width, ("extrinsic", "intrinsic"))
+        tables = {name: tables[name] for name in module.codes}
+        portraits.save(parts, {"exemplars": module}, {"exemplars": tables}, metadata)
+
+
+def find(
+    options: Options,
+    mesh: Any,
+    networks: Networks,
+    frozen: Any,
+    parts: portraits.Parts | None,
+    files: Sequence[Path],
+) -> None:
+    """Find the codes of those files that have none.
+
+    Args:
+      options: of the scheme.
+      mesh: of the run.
+      networks, frozen: of `load`.
+      parts: where they are kept; None with `compile_for`.
+      files: all pictures.
+    """
+    left = parts.left(files) if parts else files
+    if not left:
+        return
+    run, frozen = options.run, portraits.place_whole(frozen, mesh)
+    know_fn = jax.jit(partial(know, networks, options))
+    finish_fn = jax.jit(partial(finish, networks, options))
+    side = options.judge_size
+    with jax.set_mesh(mesh):
+        image = jax.ShapeDtypeStruct((run.batch, side, side, 3), "f4")
+        given = jax.eval_shape(know_fn, frozen, image)
+        begin = partial(start_state, networks)
+        seeds = np.zeros(run.batch, "u4")
+        state = jax.eval_shape(lambda z: begin(z, seeds, 0), given["z_plus"])
+        step = portraits.compiled(
+            make_step(networks, options), run, mesh, state, frozen, given
+        )
+        done = len(files) - len(left)
+        for names, pictures in portraits.chunks(left, run.batch, side):
+            began = time.perf_counter()
+            given = know_fn(frozen, portraits.place_rows(pictures, mesh))
+            seeds = [zlib.crc32(f.name.encode()) for f in names]
+            seeds += seeds[-1:] * (run.batch - len(names))
+            state = begin(given["z_plus"], np.array(seeds, "u4"), run.seed)
+            state = portraits.place(state, mesh)
+            for _ in range(run.steps):
+                state, terms = step(state, frozen, given)
+            found = portraits.fetch(finish_fn(frozen, given, state["point"]))
+            for i, file in enumerate(names):
+                codes = {k: found[k][i] for k in ("extrinsic", "intrinsic")}
+                parts.write(file, found["shown"][i], **codes)
+            done += len(names)
+            portraits.tell(done, len(files), names, portraits.fetch(terms), began)
 
 
 @cli

@@ -8,6 +8,7 @@ the end, whole.
 A picture's codes depend on it and the options alone, not on its batch or its place.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -52,6 +53,7 @@ class Parts:
     def __init__(self, options: Any, metadata: Mapping, identity: Mapping[str, str]):
         self.out = Path(options.run.out).expanduser().absolute()
         self.folder = self.out.with_name(self.out.name + ".parts")
+        self._lock = contextlib.ExitStack()
         path = self.folder / "options.json"
         new = folder.describe_run(options, metadata, identity)
         if path.exists():
@@ -66,9 +68,12 @@ class Parts:
             )
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Held until the process ends.
-            self.lock = folder.hold(self.folder)
+            self._lock.enter_context(folder.hold(self.folder))
             write_json(path, new)
+
+    def close(self) -> None:
+        """Let others write here."""
+        self._lock.close()
 
     def read(self, file: Path) -> dict[str, np.ndarray] | None:
         """The codes of a picture, or None where they are not known."""

@@ -22,8 +22,10 @@ the code's rates are taken: 0.005 for structure, 0.01 for colors (0.1 for cartoo
 Every picture is as in a batch of one; the published contextual loss couples a batch's.
 """
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from jaxstyle import images, refine, weights
+from jaxstyle import refine, weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.exemplars import Exemplars
 from train import portraits, sharding
@@ -155,37 +157,56 @@ def search(options: Options, mesh: Any) -> None:
         perceptual=options.lpips_net,
         perceptual_net=options.perceptual_net,
     )
-    parts, left = None, files
-    if not run.compile_for:
-        digests = {name: weights.digest(p) for name, p in frozen.items()}
-        digests["exemplars"] = weights.digest(table)
-        parts = portraits.Parts(options, metadata, digests)
-        left = parts.left(files)
-    if left:
-        _search(options, mesh, networks, frozen, table, files, left, parts)
-    names, refined = portraits.assemble(parts, files)
-    kept = jnp.array([module.names.index(name) for name in names])
-    tables = {kind: codes[kept] for kind, codes in table.items()} | refined
-    order = [k for k in ("extrinsic", "refined", "intrinsic") if k in tables]
-    style["exemplars"] = Exemplars(names, module.num_ws, module.z_dim, tuple(order))
-    params["exemplars"] = {k: tables[k] for k in order}
-    portraits.save(parts, style, params, metadata)
+    find_in = partial(find, options, mesh, networks, frozen, table, files)
+    if run.compile_for:
+        find_in(None)
+    digests = {name: weights.digest(p) for name, p in frozen.items()}
+    digests["exemplars"] = weights.digest(table)
+    with contextlib.closing(portraits.Parts(options, metadata, digests)) as parts:
+        find_in(parts)
+        names, refined = portraits.assemble(parts, files)
+        kept = jnp.array([module.names.index(name) for name in names])
+        tables = {kind: codes[kept] for kind, codes in table.items()} | refined
+        kinds = tuple(k for k in ("extrinsic", "refined", "intrinsic") if k in tables)
+        style["exemplars"] = Exemplars(names, module.num_ws, module.z_dim, kinds)
+        params["exemplars"] = {k: tables[k] for k in kinds}
+        portraits.save(parts, style, params, metadata)
     if jax.process_index() == 0:
         print(
             f"now: python -m jaxstyle.stylize me.jpg --style-id 0 --weights {run.out}"
         )
 
 
-def _search(options, mesh, networks, frozen, table, files, left, parts) -> None:
-    run = options.run
-    size, count = (run.batch, refine.SIZE, refine.SIZE, 3), table["extrinsic"].shape[1:]
-    codes = jax.ShapeDtypeStruct((run.batch, *count), "f4")
+def find(
+    options: Options,
+    mesh: Any,
+    networks: refine.Networks,
+    frozen: Any,
+    table: Any,
+    files: Sequence[Path],
+    parts: portraits.Parts | None,
+) -> None:
+    """Find the refined codes of those files that have none.
+
+    Args:
+      options: of the scheme.
+      mesh: of the run.
+      networks, frozen: of `refine.judge_of`.
+      table: the exemplars' codes, [n, num_ws, z_dim] by kind.
+      files: all portraits.
+      parts: where the codes are kept; None with `compile_for`.
+    """
+    left = parts.left(files) if parts else files
+    if not left:
+        return
+    run, shape = options.run, table["extrinsic"].shape[1:]
     know_fn = jax.jit(partial(know, networks))
     show_fn = jax.jit(partial(show, networks))
     begin = partial(start_state, networks, options)
     frozen = portraits.place_whole(frozen, mesh)
     with jax.set_mesh(mesh):
-        image = jax.ShapeDtypeStruct(size, "f4")
+        image = jax.ShapeDtypeStruct((run.batch, *(refine.SIZE,) * 2, 3), "f4")
+        codes = jax.ShapeDtypeStruct((run.batch, *shape), "f4")
         given = jax.eval_shape(know_fn, frozen, image, codes)
         state = jax.eval_shape(begin, codes)
         step = portraits.compiled(
@@ -208,8 +229,9 @@ def _search(options, mesh, networks, frozen, table, files, left, parts) -> None:
             after = portraits.fetch(show_fn(frozen, given, state["point"]))
             found = portraits.fetch(refine.codes_of(state["point"]))
             for i, file in enumerate(names):
-                shown = [images.to_pil(x[i]) for x in (pictures, before, after)]
-                parts.write(file, shown, refined=found[i])
+                parts.write(
+                    file, [x[i] for x in (pictures, before, after)], refined=found[i]
+                )
             done += len(names)
             portraits.tell(done, len(files), names, portraits.fetch(terms), began)
 
