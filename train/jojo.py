@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from etils import epath
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -43,17 +44,19 @@ from jaxstyle.align import AlignOptions
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges
 from jaxstyle.features.lpips import feature_distance
+from jaxstyle.images import image_files
 from jaxstyle.invert import for_lpips
 from jaxstyle.masks import parse_mask, preserve_color_mask
 from jaxstyle.stylegan2 import Generator, style_vectors
 from train import optim, references, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out, working
-from train.loop import check_folder, fit
+from train.loop import check_folder, fit, keep
 from train.state import TrainState, create_state
 
 # Places of the published taps among the discriminator's blocks, as far as they exist.
 TAPS = (1, 3, 4, 5)
 GRID = 5
+PER_STYLE = ("reference", "preview")
 # Codes come from the mapping network, and buffers are not parameters.
 NOT_TRAINED = ("mapping/", "noise_const/", "w_avg")
 
@@ -63,14 +66,21 @@ class Options:
     """Options of train.jojo; the defaults are the published ones."""
 
     ref: tuple[Path, ...]
-    """The reference picture, or several."""
+    """The reference picture, or several, or a folder of them."""
     weights: str = weights.DEFAULT
     """Base networks: a name we ship, a converted folder, or a run."""
     profile: bool = True
     """Take the defaults that the weights recommend for themselves (`jojo` in their
     config.json, printed); --no-profile: the published ones."""
     separate: bool = False
-    """Several references: learn one style from each, at the same time."""
+    """Several references: learn one style from each, at the same time; each style
+    becomes a folder OUT/styles/NAME."""
+    group: int = 0
+    """--separate: styles that are learned at a time; 0: all. `train.fits --find-batch`
+    finds how many fit."""
+    patience: int = 0
+    """--separate: a style learns no longer once its loss, averaged over about ten
+    steps, has not fallen for so many; 0: all take --steps."""
     encoder: str = "optimize"
     """Inverts the reference: an encoder's folder, or `optimize` (no encoder needed)."""
     inversion_steps: int = 300
@@ -275,13 +285,21 @@ def make_step(
         if options.separate:
             count = len(options.ref)
             keys = sharding.sample_keys(state.key, count)
-            params, opt_state, values = jax.vmap(
-                one, in_axes=(0, 0, 0, 0, None, None), spmd_axis_name="style"
-            )(params, opt_state, frozen["reference"], keys, state.step, frozen)
-            metrics = {name: jnp.mean(value) for name, value in values.items()} | {
-                f"loss/{name}": values["loss"][i]
-                for i, name in enumerate(names(options))
-            }
+            shared = {n: x for n, x in frozen.items() if n not in PER_STYLE}
+            after, opt_after, metrics = side_by_side(one)(
+                params, opt_state, frozen["reference"], keys, state.step, shared
+            )
+            if options.patience:
+                learns = state.extra["idle"] < options.patience
+                params, opt_state = jax.tree.map(
+                    lambda new, old: jnp.where(on_each(learns, new), new, old),
+                    (after, opt_after),
+                    (params, opt_state),
+                )
+                state = state.replace(extra=progress(state, metrics["loss"], learns))
+                metrics |= {"learns": learns.astype(jnp.float32)}
+            else:
+                params, opt_state = after, opt_after
         else:
             params, opt_state, metrics = one(
                 params, opt_state, frozen["reference"], state.key, state.step, frozen
@@ -292,6 +310,43 @@ def make_step(
         return state, metrics
 
     return step
+
+
+def side_by_side(one: Any) -> Any:
+    """The update of one style for many, each device doing its own styles alone.
+
+    Left to itself the compiler merges styles and channels of a convolution, and gathers
+    what it cannot split then.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    many = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
+    if mesh.empty or mesh.shape["style"] == 1:
+        return many
+    return jax.shard_map(
+        many,
+        in_specs=(P("style"),) * 4 + (P(), P()),
+        out_specs=P("style"),
+        axis_names={"style"},
+        check_vma=False,
+    )
+
+
+def on_each(flags: Array, leaf: Array) -> Array:
+    """Flags [styles] in the shape of a leaf [styles, ...], for a choice between two."""
+    return flags.reshape(flags.shape + (1,) * (leaf.ndim - 1))
+
+
+def progress(state: TrainState, loss: Array, learns: Array) -> dict[str, Array]:
+    """Averages of the losses [styles], the lowest, and steps since, for --patience."""
+    extra = state.extra
+    mean = jnp.where(state.step == 0, loss, 0.9 * extra["mean"] + 0.1 * loss)
+    falls = mean < extra["lowest"]
+    idle = jnp.where(falls, 0, extra["idle"] + 1)
+    return {
+        "mean": mean,
+        "lowest": jnp.minimum(mean, extra["lowest"]),
+        "idle": jnp.where(learns, idle, extra["idle"]),
+    }
 
 
 def names(options: Options) -> list[str]:
@@ -407,8 +462,15 @@ def start_state(options: Options, base: Any, tx: Any) -> TrainState:
     if options.separate:
         count = len(options.ref)
         trained = jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), base)
+    extra = {}
+    if options.separate and options.patience:
+        extra = {
+            "mean": jnp.zeros(count),
+            "lowest": jnp.full(count, jnp.inf),
+            "idle": jnp.zeros(count, jnp.int32),
+        }
     state = create_state(
-        {"generator": trained}, {}, key=jax.random.key(options.run.seed)
+        {"generator": trained}, {}, key=jax.random.key(options.run.seed), extra=extra
     )
     init = jax.vmap(tx.init) if options.separate else tx.init
     return state.replace(opt_state={"generator": init(trained)})
@@ -475,15 +537,32 @@ def resolve(options: Options) -> Options:
     Raises:
       UserError: values that cannot be.
     """
+    paths = [image_files(p) if p.is_dir() else [p] for p in options.ref]
+    options = dataclasses.replace(options, ref=tuple(p for part in paths for p in part))
     for path in options.ref:
         if not path.is_file():
             raise UserError(f"--ref {path} is not a file; give a picture")
-    for name, low in (("mixes", 1), ("codes", 0), ("inversion_steps", 1)):
+    zero = ("codes", "group", "patience")
+    for name, low in (("mixes", 1), ("inversion_steps", 1), *((n, 0) for n in zero)):
         if getattr(options, name) < low:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be "
                 f"at least {low}"
             )
+    if (options.group or options.patience) and not options.separate:
+        raise UserError(
+            "--group and --patience are for --separate; give it, or leave them"
+        )
+    at_once = options.group or len(options.ref)
+    if options.separate and at_once % options.run.mesh_style:
+        raise UserError(
+            f"{at_once} styles at a time do not divide over --mesh-style "
+            f"{options.run.mesh_style}; use a --group that does, or a smaller mesh"
+        )
+    if options.group > len(options.ref):
+        raise UserError(
+            f"--group is {options.group}, but --ref names {len(options.ref)} pictures"
+        )
     if options.id_lambda < 0:
         raise UserError(f"--id-lambda is {options.id_lambda}; it must not be negative")
     batch = len(options.ref) * options.mixes
@@ -496,54 +575,97 @@ def resolve(options: Options) -> Options:
     return with_out(options, "jojo-" + "-".join(p.stem for p in options.ref[:3]))
 
 
-@cli
-def main(args: list[str] | None = None) -> None:
-    """`python -m train.jojo`."""
-    options = resolve(read(args))
-    mesh = start(options.run)
-    model, params = weights.load(options.weights)
-    generator = working(model["generator"], options.run)
-    base = params["generator"]
-    keep = keep_weights(options, generator.size)
-    if options.preview_inversion:
-        references.preview(options, generator, base)
-        return
-    judge, judge_params = load_judge(options, model, params)
-    identity_net, identity_params = None, None
-    if options.id_lambda:
-        _, identity_net, identity_params = judges.choose(
-            "identity", options.identity_net, options.run.dtype
-        )
+def groups(options: Options) -> list[tuple[Options, int]]:
+    """The runs of a command, and how many of each one's styles another has learned.
+
+    All have the same number of styles, so that one compilation serves them.
+    """
+    size, count, out = options.group, len(options.ref), options.run.out
+    if not size:
+        return [(options, 0)]
+    parts = []
+    for i, first in enumerate(range(0, count, size)):
+        begin = min(first, count - size)
+        run = dataclasses.replace(options.run, out=f"{out}/groups/{i:03d}")
+        ref = options.ref[begin : begin + size]
+        part = dataclasses.replace(options, ref=ref, run=run)
+        parts.append((part, first - begin))
+    return parts
+
+
+def write_styles(
+    folder: Any,
+    state: TrainState,
+    first: int,
+    styles: Mapping[str, Path],
+    networks: Any,
+    base: str,
+) -> None:
+    """A folder for each style, `folder/NAME`, which loads like a run of its own.
+
+    Args:
+      folder: for all of them.
+      state: parameters with a leading style axis.
+      first: where on that axis to begin.
+      styles: reference by name, in the order of that axis.
+      networks: modules by name.
+      base: the weights they began with.
+    """
+    params = state.params["generator"]
+    where = sharding.replicated(jax.tree.leaves(params)[0].sharding.mesh)
+    pick = jax.jit(lambda p, i: jax.tree.map(lambda x: x[i], p), out_shardings=where)
+    for i, (name, path) in enumerate(styles.items()):
+        one = state.replace(params={"generator": pick(params, first + i)})
+        metadata = {"scheme": "jojo", "base": base, "references": [str(path)]}
+        keep(folder / name, one, {}, networks, metadata)
+
+
+def learn(
+    options: Options,
+    styles: Mapping[Path, str],
+    mesh: Any,
+    generator: Generator,
+    base: Any,
+    judges_of: Any,
+    digests: Mapping[str, str],
+) -> TrainState:
+    """One run: prepare its references and train.
+
+    Args:
+      options: with the references of this run.
+      styles: name of each reference.
+      mesh: of the run.
+      generator: the architecture.
+      base: its parameters before training.
+      judges_of: module and parameters of the judge, and of the identity network.
+      digests: of weights and judges.
+    """
+    judge, judge_params, identity_net, identity_params = judges_of
     metadata = {
         "scheme": "jojo",
         "base": options.weights,
         "references": [str(p) for p in options.ref],
     }
     if options.separate:
-        metadata["styles"] = names(options)
-    identity = {
-        "reference": references.digest(options.ref),
-        "weights": weights.digest(params),
-        "judges": weights.digest([judge_params, identity_params]),
-    }
+        metadata["styles"] = [styles[path] for path in options.ref]
+    identity = {"reference": references.digest(options.ref)} | digests
     check_folder(options, metadata, identity)
     pictures, codes = references.prepare(options, generator, base)
-    frozen = frozen_of(
-        options,
-        generator,
-        base,
-        judge,
-        judge_params,
-        pictures,
-        codes,
-        identity_params,
-    )
     tx = optim.frozen(optim.adam(options.lr), NOT_TRAINED)
-    fit(
+    judge_arguments = judge, judge_params, pictures, codes, identity_params
+
+    def make():
+        frozen = frozen_of(options, generator, base, *judge_arguments)
+        return start_state(options, base, tx), frozen
+
+    # Styles for a pod need not fit on the machine that asks whether they would.
+    state, frozen = jax.eval_shape(make) if options.run.compile_for else make()
+    layers = keep_weights(options, generator.size)
+    return fit(
         options,
-        start_state(options, base, tx),
+        state,
         frozen,
-        [(1, make_step(options, generator, judge, tx, keep, identity_net))],
+        [(1, make_step(options, generator, judge, tx, layers, identity_net))],
         None,
         networks={"generator": generator},
         mesh=mesh,
@@ -552,8 +674,45 @@ def main(args: list[str] | None = None) -> None:
         sample=make_sample(options, generator),
         rules=sharding_rules(options),
     )
+
+
+@cli
+def main(args: list[str] | None = None) -> None:
+    """`python -m train.jojo`."""
+    options = resolve(read(args))
+    mesh = start(options.run)
+    model, params = weights.load(options.weights)
+    generator = working(model["generator"], options.run)
+    base = params["generator"]
+    keep_weights(options, generator.size)
+    if options.preview_inversion:
+        references.preview(options, generator, base)
+        return
+    judge = load_judge(options, model, params)
+    identity = None, None
+    if options.id_lambda:
+        _, *identity = judges.choose(
+            "identity", options.identity_net, options.run.dtype
+        )
+    if options.run.compile_for:
+        # The shapes are the same, and nobody waits for an inversion.
+        options = dataclasses.replace(options, inversion="mean")
+    digests = {
+        "weights": weights.digest(params),
+        "judges": weights.digest([judge[1], identity[1]]),
+    }
+    styles = dict(zip(options.ref, names(options), strict=True))
+    folder = epath.Path(options.run.out) / "styles"
+    for part, known in groups(options):
+        judges_of = (*judge, *identity)
+        state = learn(part, styles, mesh, generator, base, judges_of, digests)
+        if options.separate:
+            new = {styles[path]: path for path in part.ref[known:]}
+            made = {"generator": generator}
+            write_styles(folder, state, known, new, made, options.weights)
     if jax.process_index() == 0:
-        print(f"now: python -m jaxstyle.stylize me.jpg --weights {options.run.out}")
+        which = folder / styles[options.ref[0]] if options.separate else options.run.out
+        print(f"now: python -m jaxstyle.stylize me.jpg --weights {which}")
 
 
 if __name__ == "__main__":

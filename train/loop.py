@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxstyle import weights
@@ -31,7 +32,7 @@ from train.log import Log, write_json
 from train.optim import path_name
 from train.state import TrainState
 
-__all__ = ["check_folder", "fit"]
+__all__ = ["check_folder", "fit", "keep"]
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]
 Validate = Callable[[TrainState, Any], dict[str, float]]
@@ -67,7 +68,9 @@ def fit(
         `get_state`, `set_state` and `close`; None gives the steps an empty dict.
       networks: modules by name, those of `state.params`, for `config.json`.
       mesh: of the run; see train.sharding.
-      metadata: kept in `config.json`; "scheme" names the scheme.
+      metadata: kept in `config.json`; "scheme" names the scheme, "styles" those that
+        are trained side by side: metrics may then be arrays [styles], and where one
+        named `learns` is 0 for all, the run ends.
       sample: pure function (state, frozen) -> pictures [n, h, w, 3] or
         [rows, columns, h, w, 3] in [-1, 1], drawn with keys of its own that do not
         change from step to step.
@@ -126,6 +129,8 @@ def fit(
         advance = jax.jit(lambda s: s + 1, donate_argnums=0, out_shardings=everywhere)
         finite = jax.jit(_finite, out_shardings=everywhere)
         draw = sample and jax.jit(sample, out_shardings=everywhere)
+        styles = (metadata or {}).get("styles", ())
+        check = partial(_checked, checkpoints=checkpoints, folder=folder, styles=styles)
         log = Log(folder, begin, run.steps, run.tensorboard)
         with (
             jax.set_mesh(mesh),
@@ -161,14 +166,16 @@ def fit(
                 # The metrics of the iteration before have arrived; asking for those of
                 # this one would leave the device idle.
                 if pending:
-                    latest |= _checked(*pending, checkpoints, folder)
+                    latest |= check(*pending)
                 pending, done = (i + 1, metrics), i + 1
                 logs = last or done % run.log_every == 0
                 saves = last or (run.save_every and done % run.save_every == 0)
                 stop = _asked_to_stop(caught, done)
                 if logs or saves or stop:
-                    latest |= _checked(*pending, checkpoints, folder)
+                    latest |= check(*pending)
                     pending = None
+                if latest.get("learns") == 0 and not last:
+                    last = logs = saves = True
                 if validate and (last or (validate[0] and done % validate[0] == 0)):
                     # Virtual devices of a CPU can lock up in two programs at a time.
                     values = validate[1](jax.block_until_ready(state), frozen)
@@ -177,12 +184,10 @@ def fit(
                             "best_val_loss": values["val_loss"],
                             "best_step": done,
                         }
-                        _keep_best(folder, done, state, values, networks, metadata)
+                        keep(folder / "best", state, values, networks, metadata)
                     if values.pop("finished", False) and not last:
                         last = logs = saves = True
-                        latest |= (
-                            _checked(*pending, checkpoints, folder) if pending else {}
-                        )
+                        latest |= check(*pending) if pending else {}
                     latest |= values
                     log.say(f"step {done}: validation loss {values['val_loss']:.4f}")
                 if logs:
@@ -232,11 +237,16 @@ def _jit(
             )
             frozen = sharding.gathered(frozen, frozen_layout)
         new, metrics = step(inner, frozen, batch)
+        # A style's metrics stay where it is: no collective is needed for them.
+        metrics = {
+            name: jax.lax.with_sharding_constraint(
+                x, NamedSharding(mesh, P("style") if x.ndim else P())
+            )
+            for name, x in metrics.items()
+        }
         return new.replace(key=state.key, step=state.step), metrics
 
-    return jax.jit(
-        entry, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))
-    )
+    return jax.jit(entry, donate_argnums=0, out_shardings=(layout, None))
 
 
 def _compile(steps, state, frozen, batch, log):
@@ -254,15 +264,24 @@ def _compile(steps, state, frozen, batch, log):
     return compiled
 
 
-def _keep_best(folder, step, state, values, networks, metadata):
-    """Replace OUT/best, without optimisers, by this state."""
-    best = folder / "best"
+def keep(
+    folder: Any,
+    state: TrainState,
+    metrics: Mapping[str, float],
+    networks: Mapping[str, nn.Module],
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    """Make or replace a folder that loads like the run, with this state alone.
+
+    Optimisers are left out. Every process has to call it.
+    """
     if jax.process_index() == 0:
-        best.mkdir(parents=True, exist_ok=True)
-        write_json(best / "config.json", weights.config_dict(networks, metadata))
-    with contextlib.closing(Checkpoints(best / "checkpoints", 1)) as checkpoints:
-        data = {"position": None, "metrics": values}
-        checkpoints.save(step, state.replace(opt_state={}, extra={}), data)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", weights.config_dict(networks, metadata))
+    with contextlib.closing(Checkpoints(folder / "checkpoints", 1)) as checkpoints:
+        data = {"position": None, "metrics": dict(metrics)}
+        bare = state.replace(opt_state={}, extra={})
+        checkpoints.save(int(state.step), bare, data)
         checkpoints.wait()
 
 
@@ -291,10 +310,26 @@ def _ways_out(checkpoints: Checkpoints, folder: Any) -> str:
 
 
 def _checked(
-    step: int, metrics: Mapping[str, Array], checkpoints: Checkpoints, folder: Any
+    step: int,
+    metrics: Mapping[str, Array],
+    checkpoints: Checkpoints,
+    folder: Any,
+    styles: Sequence[str],
 ) -> dict[str, float]:
-    """The metrics as floats; a value that is not finite ends the run."""
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    """The metrics as floats; a value that is not finite ends the run.
+
+    A metric of every style gives its mean, and the style's own as `name/style`.
+    """
+    values = {}
+    for name, value in metrics.items():
+        if value.ndim:
+            value = multihost_utils.process_allgather(value, tiled=True)
+            of_styles = {
+                f"{name}/{s}": float(v) for s, v in zip(styles, value, strict=True)
+            }
+            values |= {name: float(np.mean(value))} | of_styles
+        else:
+            values[name] = float(value)
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(

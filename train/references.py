@@ -4,6 +4,7 @@ A run folder keeps them under `references/`, so that a run that goes on neither 
 nor inverts again, and people can see what the crop and the inversion gave.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxstyle.images import grid, save_image, to_array
 from jaxstyle.masks import named_masks, parse_mask
 from jaxstyle.pipeline import write_codes
 from jaxstyle.stylegan2 import Generator, style_rows
+from train import processes
 
 # A tenth of a photo's: the reference teaches by what its code draws already.
 PULL = 0.05
@@ -51,17 +53,27 @@ def prepare(options: Any, generator: Generator, base: Any) -> tuple[Array, Array
     if cache.exists():
         with cache.open("rb") as file, np.load(file) as stored:
             return jnp.asarray(stored["pictures"]), jnp.asarray(stored["w_layers"])
-    pictures = load(options, generator.size)
-    codes = np.asarray(layer_codes(options, generator, base, pictures))
+    # Each process aligns and inverts its share.
+    own = dataclasses.replace(options, ref=share(options.ref))
+    with processes.together():
+        pictures = load(own, generator.size)
+    codes = np.asarray(layer_codes(own, generator, base, pictures))
     if jax.process_count() > 1:
-        # Rounding may differ between hosts; the codes must not.
-        codes = multihost_utils.broadcast_one_to_all(codes)
+        both = multihost_utils.process_allgather((pictures, codes), tiled=True)
+        pictures, codes = (x[: len(options.ref)] for x in both)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for path, picture in zip(options.ref, pictures, strict=True):
             save_image(folder / f"{path.stem}.png", picture)
         write_codes(cache, pictures=pictures, w_layers=codes)
     return jnp.asarray(pictures), jnp.asarray(codes)
+
+
+def share(items: Sequence[Any]) -> tuple[Any, ...]:
+    """This process's part of a sequence; as long on all, the last item filling up."""
+    each = -(-len(items) // jax.process_count())
+    begin, last = jax.process_index() * each, len(items) - 1
+    return tuple(items[min(i, last)] for i in range(begin, begin + each))
 
 
 def load(options: Any, size: int) -> np.ndarray:
