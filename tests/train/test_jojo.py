@@ -33,7 +33,6 @@ from train.cli import RunOptions
 from train.sharding import make_mesh
 from train.state import create_state
 
-
 __all__ = ["quick_compile"]
 
 
