@@ -18,6 +18,10 @@ from jaxstyle.errors import UserError
 from jaxstyle.images import grid, save_image, write_bytes
 
 
+# Between two times that a bucket gets the metrics.
+FLUSH_SECONDS = 60
+
+
 def write_json(path: Any, value: Any) -> None:
     """Write JSON under a temporary name and rename it."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -45,6 +49,7 @@ class Log:
         self._began = time.monotonic()
         self._shown = self._began, start
         self._before = 0.0
+        self._flushed = self._began
         self._lines: list[str] = []
         if self._writes and self._path.exists():
             for line in self._path.read_text().splitlines():
@@ -85,6 +90,8 @@ class Log:
         if self._local:
             with open(self._path, "a") as file:
                 file.write(self._lines[-1] + "\n")
+        elif time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
         for key, value in metrics.items() if self._board else ():
             self._board.add_scalar(key, value, step)
         name = "loss" if "loss" in metrics else next(iter(metrics), None)
@@ -123,6 +130,7 @@ class Log:
 
     def flush(self) -> None:
         """Rewrite `metrics.jsonl` whole: object stores cannot append."""
+        self._flushed = time.monotonic()
         if self._writes:
             write_bytes(self._path, "".join(f"{x}\n" for x in self._lines).encode())
 

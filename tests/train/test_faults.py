@@ -125,10 +125,10 @@ def test_checkpoints_of_nobody_are_refused(tmp_path, text):
 STEPS = 100
 
 
-def started(out, *arguments, until="compiled in", lines=0):
+def started(out, *, until="compiled in", lines=0, **environment):
     """A training process that has printed a line with `until`, and so many more."""
     flags = ("--out", out, "--save-every", 1, "--keep", 2, "--steps", STEPS)
-    process = command(*flags, *arguments, PYTHONUNBUFFERED=1)
+    process = command(*flags, PYTHONUNBUFFERED=1, **environment)
     for line in process.stdout:
         if until in line:
             break
@@ -159,7 +159,7 @@ def test_killed_twenty_times(tmp_path):
             process = started(out, lines=draw.randrange(4))
             time.sleep(draw.uniform(0, 0.2))
         else:
-            process = started(out, "--die-at-rename", moment)
+            process = started(out, DIE_AT_RENAME=moment)
             process.wait(timeout=400)
         assert process.poll() in (None, -signal.SIGKILL), process.stdout.read()
         process.kill()

@@ -30,9 +30,6 @@ class Options:
     """Step that spoils a parameter."""
     padding: int = 1
     """Extra numbers in the state."""
-    die_at_rename: int = 0
-    """Kill this process before it renames the checkpoint of that number to its name;
-    negative: after it."""
 
 
 def options(out, **values):
@@ -111,7 +108,10 @@ def run(options, mesh, **arguments):
 
 
 def die_at_rename(number):
-    """See `Options.die_at_rename`."""
+    """Kill this process before it gives the checkpoint of that number its name.
+
+    A negative number: after it.
+    """
     rename, seen = os.rename, []
 
     def watched(old, new, **more):
@@ -130,8 +130,7 @@ def die_at_rename(number):
 def main():
     """The command of the tests that need a process of their own."""
     options = cli.parse(Options, "toy")
-    if options.die_at_rename:
-        die_at_rename(options.die_at_rename)
+    die_at_rename(int(os.environ.get("DIE_AT_RENAME", "0")))
     run(options, cli.start(options.run))
 
 
