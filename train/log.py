@@ -17,7 +17,6 @@ from tqdm import tqdm
 from jaxstyle.errors import UserError
 from jaxstyle.images import grid, save_image, write_bytes
 
-
 # Between two times that a bucket gets the metrics.
 FLUSH_SECONDS = 60
 
