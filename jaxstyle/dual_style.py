@@ -24,7 +24,7 @@ from jaxstyle.dualstylegan import (
     to_w_plus,
 )
 from jaxstyle.encoders import encode
-from jaxstyle.encoding import CROP_SIZE, load_encoder
+from jaxstyle.encoding import CROP_SIZE, Encoder, encode_pictures, load_encoder
 from jaxstyle.errors import UserError
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
 from jaxstyle.invert import Search, invert
@@ -329,7 +329,7 @@ def new_codes(
     search = dataclasses.replace(search, space="z_plus")
     said: Any = dataclasses.astuple(search)
     if how != "optimize":
-        said = f"{how} {(weights.resolve(how) / 'config.json').stat().st_mtime}"
+        said = f"{how} {(weights.resolve(how) / 'config.json').stat().mtime}"
     numbers = (said, options.refine, dataclasses.astuple(options.rates))
     sha = hashlib.sha256(crop.tobytes())
     sha.update(repr((weights.digest(params), numbers)).encode())
@@ -341,37 +341,76 @@ def new_codes(
             codes, _ = pipeline.read_codes(kept, generator)
             return jnp.asarray(codes[:1]), jnp.asarray(codes[1:]), crop
     key = jax.random.key(0) if key is None else key
-    face = z_plus_code(generator, base, crop, how, search=search, key=key)
-    code = face
-    if options.refine:
-        networks, frozen = refining.judge_of(model, params)
-        targets = pipeline.resize(jnp.asarray(crop)[None], refining.SIZE)
-        frozen |= {"intrinsic": jnp.asarray(face), "targets": targets}
-        code, _ = refining.refine(
-            networks,
-            frozen,
-            face,
-            steps=options.refine,
-            rates=options.rates,
-            key=jax.random.fold_in(key, 1),
-        )
-    found = [_to_w_plus(generator, base, jnp.asarray(c)) for c in (code, face)]
+    if how != "optimize" and not options.refine:
+        # The program that encodes photos too.
+        encoder = exemplar_encoder(how, generator)
+        face = jnp.asarray(encode_pictures(encoder, generator, base, crop[None]))
+        found = [face, face]
+    else:
+        start = z_plus_code(generator, base, crop, how, search=search, key=key)
+        codes = [start, start]
+        if options.refine:
+            codes[0] = refined(model, params, crop, start, options, key=key)
+        found = [_to_w_plus(generator, base, jnp.asarray(c)) for c in codes]
     if kept is not None:
-        pipeline.write_codes(kept, w_plus=np.concatenate(found), z_plus=code)
+        pipeline.write_codes(kept, w_plus=np.concatenate(found))
     return found[0], found[1], crop
 
 
+def refined(
+    model: Mapping[str, Any],
+    params: Params,
+    crop: np.ndarray,
+    start: np.ndarray,
+    options: NewOptions,
+    *,
+    key: Array,
+) -> np.ndarray:
+    """The code z+ [1, num_ws, z_dim] of a picture, refined from that of its face."""
+    networks, frozen = refining.judge_of(model, params)
+    targets = pipeline.resize(jnp.asarray(crop)[None], refining.SIZE)
+    code, _ = refining.refine(
+        networks,
+        {**frozen, "intrinsic": jnp.asarray(start), "targets": targets},
+        start,
+        steps=options.refine,
+        rates=options.rates,
+        key=jax.random.fold_in(key, 1),
+    )
+    return code
+
+
 def style_crop(path: Path, size: int, align: bool) -> np.ndarray:
-    """The face in a picture of a style, [size, size, 3]."""
+    """The face in a picture of a style, [size, size, 3].
+
+    Raises:
+      UserError: not a picture, or no face in it.
+    """
+    images.open_image(path)
     try:
         crop, _ = prepare(path, size, AlignOptions(align=align))
-    except UserError as error:
-        if not align or not Path(path).is_file():
-            raise
+    except UserError:
         raise UserError(
-            f"--style {error}; or, if the picture is only a face: --no-align-style"
+            f"--style {path}: no face found, as in many drawings; cut the face out and "
+            "give that picture with --no-align-style"
         ) from None
     return images.to_array(crop)
+
+
+def exemplar_encoder(name: str, generator: Generator) -> Encoder:
+    """An encoder whose codes are exemplars'.
+
+    Raises:
+      UserError: one of other codes.
+    """
+    encoder = load_encoder(name, generator)
+    if encoder.space != "z_plus" or encoder.inputs != "photo":
+        raise UserError(
+            f"--style-encoder {name} gives codes of {encoder.space} from "
+            f"{encoder.inputs}; exemplars need one of python -m train.psp --space "
+            "z_plus, or optimize"
+        )
+    return encoder
 
 
 def z_plus_code(
@@ -397,13 +436,7 @@ def z_plus_code(
     if how == "optimize":
         found = invert(generator, params, crop[None], search=search, key=key)
         return found["z_plus"]
-    encoder = load_encoder(how, generator)
-    if encoder.space != "z_plus" or encoder.inputs != "photo":
-        raise UserError(
-            f"--style-encoder {how} gives codes of {encoder.space} from "
-            f"{encoder.inputs}; exemplars need one of python -m train.psp --space "
-            "z_plus, or optimize"
-        )
+    encoder = exemplar_encoder(how, generator)
     x = pipeline.resize(jnp.asarray(crop)[None], encoder.module.size)
     return np.asarray(
         jax.jit(encode, static_argnums=0)(encoder.module, encoder.params, x)

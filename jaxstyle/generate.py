@@ -245,7 +245,7 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
         raise UserError(
             f"{options.codes} holds style vectors; --edit and --mapper move codes"
         )
-    labels = ["-".join(filter(None, [label, moves.label])) for label in labels]
+    end = f"-{moves.label}" if moves.label else ""
     if space == "styles" and options.psi not in (None, 1):
         raise UserError(
             f"--psi is {options.psi}, but style vectors cannot be truncated; give "
@@ -273,7 +273,7 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
                 batch=options.batch,
             )
             for label, picture in zip(labels[part], drawn, strict=True):
-                path = epath.Path(options.out) / (label + suffix)
+                path = epath.Path(options.out) / (label + end + suffix)
                 write(path, picture, options.format)
                 if options.grid:
                     kept[suffix].append(images.to_pil(picture))
@@ -352,7 +352,7 @@ def draw_dual(options: Options) -> None:
     faces = pipeline.to_w_plus(generator, base, codes, space, batch=options.batch)
     moves = edits.read_moves(options.moves, generator)
     faces = moves.apply(faces)
-    labels = ["-".join(filter(None, [label, moves.label])) for label in labels]
+    end = f"-{moves.label}" if moves.label else ""
     if "content" in fixed:
         faces = np.broadcast_to(faces[:1], faces.shape)
     kept, captions = [], []
@@ -369,7 +369,8 @@ def draw_dual(options: Options) -> None:
             batch=options.batch,
         )
         for label, picture in zip(labels, drawn, strict=True):
-            write(epath.Path(options.out) / (label + suffix), picture, options.format)
+            path = epath.Path(options.out) / (label + end + suffix)
+            write(path, picture, options.format)
             captions.append(label + suffix)
         kept += list(drawn)
     print(f"{len(kept)} pictures in {options.out}")

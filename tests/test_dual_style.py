@@ -5,11 +5,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxstyle import dual_style, images, stylize, weights
+from jaxstyle import (
+    dual_style,
+    generate,
+    images,
+    interpolate,
+    pipeline,
+    stylize,
+    weights,
+)
 from jaxstyle.dualstylegan import DualStyleGAN, style_weights
 from jaxstyle.encoders import GradualStyleEncoder
 from jaxstyle.encoding import encode_pictures, load_encoder
-from jaxstyle.exemplars import Exemplars
+from jaxstyle.errors import UserError
+from jaxstyle.exemplars import Exemplars, Sampler
+from jaxstyle.invert import Search
+from jaxstyle.refine import Rates
 from jaxstyle.stylegan2 import Generator
 
 SHAPE = {"size": 32, "channels": (6, 6, 4, 4), "w_dim": 8}
@@ -33,6 +44,8 @@ def style(tmp_path_factory):
             start_from_w_avg=False,
         ),
         "exemplars": Exemplars(names=NAMES, num_ws=8, z_dim=8),
+        "sampler_structure": Sampler(rows=7, w_dim=8, z_dim=4, width=4),
+        "sampler_color": Sampler(rows=1, w_dim=8, z_dim=4, width=4),
     }
     params = {name: m.init_params(key=key) for name, m in networks.items()}
     params["dual"] = networks["dual"].init_params(key=key, init_noise=1.0)
@@ -132,6 +145,160 @@ def test_several_exemplars_make_a_sheet(style, photo, tmp_path):
     assert {"me-grid.png", "me-cartoon-0.png", "me-cartoon-2.png"} <= written
 
 
+def test_a_picture_becomes_an_exemplar(style, photo, tmp_path, capsys):
+    """Its code is what the style's encoder gives, in z+, and is kept."""
+    art = images.save_image("art.png", np.full((40, 40, 3), 0.3, np.float32))
+    flags = ("--weights", style, "--style", art, "--no-align-style", "--grid")
+    run(photo, *flags)
+    (kept,) = tmp_path.glob("art-*.npz")
+    model, params = weights.load(style)
+    encoder = load_encoder(style, model.generator)
+    crop = dual_style.style_crop(art, 256, False)
+    expected = encode_pictures(
+        encoder, model.generator, params["generator"], crop[None]
+    )
+    codes, _ = pipeline.read_codes(kept, model.generator)
+    np.testing.assert_allclose(codes[0], expected[0], atol=1e-4)
+    np.testing.assert_array_equal(codes[0], codes[1])
+    first = images.to_array(images.open_image("out.png"))
+    assert "exemplar's code of an earlier" not in capsys.readouterr().out
+    np.testing.assert_array_equal(run(photo, *flags), first)
+    assert "exemplar's code of an earlier" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_new_exemplar_is_searched_and_refined(style, photo, tmp_path):
+    """The refined code gives the picture better, and its rows leave the start."""
+    art = images.save_image("art.png", np.full((64, 64, 3), 0.3, np.float32))
+    model, params = weights.load(style)
+    base = params["generator"]
+    values = []
+    for steps in (0, 12):
+        new = dual_style.NewOptions(
+            style_encoder="optimize",
+            refine=steps,
+            rates=Rates(lr_color=0.1, lr_structure=0.1),
+            align_style=False,
+        )
+        code, face, crop = dual_style.new_codes(
+            style, model, params, art, new, search=Search(steps=8)
+        )
+        exemplar = dual_style.make_exemplar(
+            model.dual, params["dual"], dual_style.DualOptions(), 1.0, code, face, crop
+        )
+        drawn = dual_style.portrait(exemplar, model.generator, base)
+        values.append(np.square(drawn - 0.3).mean())
+        if steps:
+            assert (np.abs(code - face).mean((0, 2)) > 1e-3).all()
+    assert values[1] < values[0]
+
+
+def test_blends(style):
+    options = dual_style.DualOptions(style_id=("0", "1", "2"), blend="1,1,2")
+    ((label, mixed),) = dual_style.load(style, options)[2].items()
+    assert label == "0+1+2"
+    options = dual_style.DualOptions(style_id=("0", "1", "2"))
+    single = list(dual_style.load(style, options)[2].values())
+    a, b, c = (np.asarray(e.code) for e in single)
+    np.testing.assert_allclose(mixed.code, (a + b + 2 * c) / 4, atol=1e-6)
+    parts = dual_style.blend([single[0], single[2]], "structure, color").code
+    np.testing.assert_array_equal(parts[:, :7], a[:, :7])
+    np.testing.assert_array_equal(parts[:, 7:], c[:, 7:])
+    for text, count in (("1", 1), ("1,1", 3), ("1,-1", 2), ("structure,color", 3)):
+        with pytest.raises(UserError, match="give each a share"):
+            dual_style.blend(single[:count], text)
+
+
+def test_overview(style, photo, capsys):
+    stylize.main(["--overview", "--weights", style, "--out", "sheets"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        *([str(i), name] for i, name in enumerate(NAMES)),
+        ["sheets/overview.png"],
+    ]
+    sheet = images.open_image("sheets/overview.png")
+    assert sheet.width == 3 * dual_style.THUMB + 4
+
+
+@pytest.mark.slow
+def test_random_codes_fix_what_they_are_told(style):
+    """A seed's exemplar is its own; --fix takes it from the first."""
+    model, params = weights.load(style)
+
+    def codes(seeds, **options):
+        base = params["generator"]
+        return dual_style.sample_codes(
+            model.generator, base, model, params, seeds, **options
+        )
+
+    both = codes([3, 5])
+    np.testing.assert_allclose(codes([5])[0], both[1], atol=1e-6)
+    fixed = codes([3, 5], fix=("color",))
+    np.testing.assert_array_equal(fixed[1, 7:], both[0, 7:])
+    np.testing.assert_array_equal(fixed[1, :7], both[1, :7])
+    assert np.abs(codes([3, 5], train=True) - both).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_random_pictures(style, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, params = weights.load(style)
+
+    def drawn(out, *flags):
+        args = ["--weights", style, "--seeds", "3,5", "--out", out, *flags]
+        generate.main([*args, "--format", "npy", "--psi", "1"])
+        return [np.load(f"{out}/seed000{s}.npy") for s in (3, 5)]
+
+    a, b = drawn("a")
+    assert np.abs(a - b).mean() > 1e-3
+    same = drawn("b", "--fix", "content,color,structure")
+    np.testing.assert_array_equal(same[0], same[1])
+    np.testing.assert_array_equal(same[0], a)
+    plain = drawn("c", "--style-weights", "0,0", "--fix", "content")
+    z = pipeline.seed_codes([3], 8)
+    w_plus = pipeline.to_w_plus(model.generator, params["generator"], z, "z")
+    expected = pipeline.pictures(model.generator, params["generator"], w_plus)
+    np.testing.assert_array_equal(plain[1], expected[0])
+
+
+def test_ways_through_faces_and_exemplars(style, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--weights", style, "--from", "3", "--to", "5", "--style-id", "0", "2"]
+    interpolate.main([*args, "--n", "3", "--moves", "face", "style", "both"])
+    sheet = np.asarray(images.open_image("interpolation.png"))
+    rows = [
+        [sheet[-102:, -102:][34 * i :][:32, 34 * j :][:, :32] for j in range(3)]
+        for i in range(3)
+    ]
+    face, other, both = rows
+    np.testing.assert_array_equal(face[0], other[0])
+    np.testing.assert_array_equal(face[0], both[0])
+    ends = [face[2], other[2], both[2], face[0]]
+    differences = [
+        np.abs(a.astype(float) - b).mean() for i, a in enumerate(ends) for b in ends[:i]
+    ]
+    assert min(differences) > 0.5
+    args = ["--weights", style, "--from", "3", "--style-id", "1", "--table", "2"]
+    interpolate.main([*args, "--out", "table.png"])
+    table = np.asarray(images.open_image("table.png"))[-66:, -66:]
+    tiles = [table[i:, j:][:32, :32] for i in (0, 34) for j in (0, 34)]
+    assert len({tile.tobytes() for tile in tiles}) == 4
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--style-id", "1", "2", "--moves", "face"], "no second end: add --to"),
+        (["--style-id", "1"], "--to is not given"),
+        (["--to", "4", "--morph"], "two or more --weights"),
+        (["--style-id", "1", "--table", "1"], "from 2 to 20"),
+    ],
+)
+def test_mistakes_of_ways(style, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        interpolate.main(["--weights", style, "--from", "3", *flags])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -140,6 +307,8 @@ def test_several_exemplars_make_a_sheet(style, photo, tmp_path):
         (["--style-id", "1", "--style-weights", "1"], "structure and color, or 18"),
         (["--style-id", "1", "--style-weights", "1,nan"], "structure and color, or 18"),
         (["--style-id", "1", "--layers", "structure"], "chosen with --style-weights"),
+        (["--style", "none.png"], "none.png: no such picture"),
+        (["--style", "me.png", "--refine", "-1"], "--refine is -1"),
     ],
 )
 def test_mistakes(style, photo, capsys, flags, message):

@@ -30,6 +30,8 @@ ARGUMENTS = {
     "--mask 11110000",
     "psp": ENCODER,
     "e4e": ENCODER + " --w-pool 0",
+    "mapper": "--weights {base} --clip {clip} --batch 8 --target sketch --id-lambda 0 "
+    "--validate-count 2",
     "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch",
     "dual_sampler": "--weights {style} --batch 96",
     "warm_start": "--data {faces} --size 32 --w-dim 16 --channels 8 8 8 8 --batch 8 "
