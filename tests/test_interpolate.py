@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxstyle import generate, images, interpolate, pipeline
+from jaxstyle import blend, generate, images, interpolate, pipeline
 from tests.small_models import save_base, save_tuned
 
 
@@ -123,3 +123,40 @@ def test_wrong_options(base, tmp_path, capsys):
     assert "--intensity" in fails(capsys, *given, "--to", 2, "--intensity", 3)
     assert "no such picture" in fails(capsys, *given, "--to", tmp_path / "me.jpg")
     assert "fps" in fails(capsys, *given, "--to", 2, "--fps", 99, "--out", "a.gif")
+
+
+def test_morph_goes_from_weights_to_weights(base, tuned, tmp_path, capsys):
+    out = tmp_path / "morph.png"
+    run("--weights", base, tuned, "--from", 3, "--morph", "--n", 3, "--out", out)
+    way = tiles(out, 3)
+    half = tmp_path / "half"
+    blend.main([base, tuned, "--share", "0.5", "--out", str(half)])
+    for tile, name in zip(way, (base, half, tuned), strict=True):
+        generator, params = pipeline.load_generator(name)
+        expected = images.to_uint8(generate.generate(generator, params, [3]))[0]
+        assert np.abs(tile.astype(int) - expected).max() <= 1
+    error = fails(capsys, "--weights", base, "--from", 3, "--morph")
+    assert "two or more --weights" in error
+    error = fails(capsys, "--weights", base, tuned, "--from", 3, "--style-id", 1, 2)
+    assert "no DualStyleGAN style" in error
+
+
+def test_several_models_make_a_video_grid(base, tuned, tmp_path):
+    out = tmp_path / "video.webp"
+    names = (base, tuned, tuned, base)
+    run("--weights", *names, "--from", 3, "--to", 8, "--n", 2, "--out", out)
+    with Image.open(out) as video:
+        assert (video.n_frames, video.size) == (2, (34, 34))
+
+
+def test_an_edit_is_an_end(base, tmp_path):
+    np.savez(tmp_path / "age.npz", direction=np.ones((1, 16), np.float32))
+    args = ("--weights", base, "--from", 3, "--n", 2, "--directions", tmp_path)
+    run(*args, "--edit", "age:+2", "--out", tmp_path / "older.png")
+    generator, params = pipeline.load_generator(base)
+    z = pipeline.seed_codes([3], generator.z_dim)
+    codes = pipeline.to_w_plus(generator, params, z, "z")
+    both = np.concatenate([codes, codes + 2])
+    expected = images.to_uint8(pipeline.pictures(generator, params, both))
+    for tile, picture in zip(tiles(tmp_path / "older.png", 2), expected, strict=True):
+        assert np.abs(tile.astype(int) - picture).max() <= 1
