@@ -199,6 +199,10 @@ def dual_styles(
       options, arguments: of `dual_style.load`.
     """
     generator, params, exemplars = dual_style.load(name, options, **arguments)
+    if options.style_id:
+        table = weights.read_config(name)["networks"]["exemplars"]["codes"]
+        kind = "refined" if "refined" in table else "extrinsic"
+        print(f"exemplars of {name}: {kind} codes", flush=True)
     return [
         Style(
             name=f"{Path(name).name}-{label}",
