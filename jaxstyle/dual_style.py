@@ -134,7 +134,7 @@ def parse_fix(text: str) -> tuple[str, ...]:
 def sample_codes(
     generator: Generator,
     base: Params,
-    samplers: Mapping[str, Any],
+    samplers: Mapping[str, Any] | None,
     params: Params,
     seeds: Sequence[int],
     *,
@@ -145,7 +145,8 @@ def sample_codes(
 
     Args:
       generator, base: of the style.
-      samplers, params: `sampler_structure` and `sampler_color`, among others.
+      samplers, params: `sampler_structure` and `sampler_color`, among others; None:
+        codes of random faces, one for structure and one for color.
       seeds: one a code.
       fix: `color` or `structure` or both: those of the first seed for all.
       train: normalise by the statistics of all seeds together, as published; else by
@@ -154,20 +155,24 @@ def sample_codes(
     Raises:
       UserError: no sampler, or one of another size.
     """
-    parts = []
-    for i, part in enumerate(("structure", "color")):
+    if train and len(seeds) < 2:
+        raise UserError("--sampler-statistics batch needs at least two seeds")
+    parts, counts = [], (STRUCTURE_ROWS, generator.num_ws - STRUCTURE_ROWS)
+    for i, (part, rows) in enumerate(zip(("structure", "color"), counts, strict=True)):
         name = f"sampler_{part}"
-        if name not in samplers:
+        if samplers is not None and name not in samplers:
             raise UserError(
                 "this style has no sampler; python -m train.dual_sampler --weights "
-                "STYLE makes one, for --sampler; or choose exemplars with --style-id"
+                "STYLE makes one, for --sampler; or choose exemplars with --style-id, "
+                "or take those of random faces with --sampler random"
             )
-        if train and len(seeds) < 2:
-            raise UserError("--sampler-statistics batch needs at least two seeds")
-        module = samplers[name]
         keys = pipeline.seed_keys(seeds, 2 + i)
-        z = jax.vmap(lambda k, n=module.z_dim: jax.random.normal(k, (n,)))(keys)
-        codes, _ = module.apply({"params": params[name]}, z, train=train)
+        width = generator.z_dim if samplers is None else samplers[name].z_dim
+        z = jax.vmap(lambda k, n=width: jax.random.normal(k, (n,)))(keys)
+        if samplers is None:
+            codes = jnp.repeat(z[:, None], rows, 1)
+        else:
+            codes, _ = samplers[name].apply({"params": params[name]}, z, train=train)
         parts.append(codes[:1].repeat(len(seeds), 0) if part in fix else codes)
     codes = jnp.concatenate(parts, 1)
     if codes.shape[1:] != (generator.num_ws, generator.z_dim):

@@ -83,7 +83,7 @@ class Options:
     color, structure, or several of these with commas."""
     sampler: str = ""
     """Of a DualStyleGAN style: run of train.dual_sampler; empty: the sampler kept with
-    the style."""
+    the style; random: codes of random faces, as in the network's first training."""
     sampler_statistics: Literal["running", "batch"] = "running"
     """What the sampler normalises by: averages of its training, or as published all
     seeds of the command together."""
@@ -306,7 +306,9 @@ def dual_exemplars(
         )[2]
         return {f"-{label}": exemplar for label, exemplar in stored.items()}
     samplers, values = model, params
-    if options.sampler:
+    if options.sampler == "random":
+        samplers = None
+    elif options.sampler:
         samplers, values = weights.load(options.sampler)
     codes = dual_style.sample_codes(
         model.generator,

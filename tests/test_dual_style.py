@@ -236,6 +236,10 @@ def test_random_codes_fix_what_they_are_told(style):
     np.testing.assert_array_equal(fixed[1, 7:], both[0, 7:])
     np.testing.assert_array_equal(fixed[1, :7], both[1, :7])
     assert np.abs(codes([3, 5], train=True) - both).max() > 1e-3
+    base = params["generator"]
+    faces = dual_style.sample_codes(model.generator, base, None, {}, [3])
+    np.testing.assert_array_equal(faces[:, 0], faces[:, 6])
+    assert np.abs(faces[:, 6] - faces[:, 7]).max() > 1e-3
 
 
 @pytest.mark.slow
