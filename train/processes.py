@@ -56,6 +56,8 @@ def join_processes(distributed: str) -> None:
             env.get("JAX_COORDINATOR_ADDRESS"),
             num_processes=int(count) if count else None,
             process_id=int(index) if index else None,
+            # One that ends with an error of its own must not keep the others waiting.
+            shutdown_timeout_seconds=120,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
