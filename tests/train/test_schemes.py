@@ -11,11 +11,13 @@ import pytest
 import train
 from jaxstyle import images, weights
 from jaxstyle.exemplars import Exemplars
+from tests import dual_models
 from tests.clip_models import SMALL
 from tests.small_models import save_base
 from tests.train import many
 from tests.train.test_loop import lines
 from tests.train.test_psp import quick_compile
+from train import dual_pretrain
 
 __all__ = ["quick_compile"]
 
@@ -33,6 +35,11 @@ ARGUMENTS = {
     "mapper": "--weights {base} --clip {clip} --batch 8 --target sketch --id-lambda 0 "
     "--validate-count 2",
     "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch",
+    "dual_pretrain": "--weights {dual}/base --encoder {dual}/encoder --data {faces} "
+    "--batch 8 --judge-size 64 --perceptual-net alexnet",
+    "dual_finetune": "--weights {dual}/stage1 --exemplars {dual}/codes --batch 8 "
+    "--data {dual}/pictures --identity-net {dual}/identity --judge-size 64 "
+    "--perceptual-net alexnet",
     "dual_sampler": "--weights {style} --batch 96",
     "warm_start": "--data {faces} --size 32 --w-dim 16 --channels 8 8 8 8 --batch 8 "
     "--mapping-depth 2",
@@ -76,7 +83,11 @@ def material(tmp_path_factory):
     codes = np.asarray(jax.random.normal(jax.random.key(0), (6, 8, 4)))
     tables = {"exemplars": {"extrinsic": codes, "refined": codes}}
     weights.save(folder / "style", {"exemplars": exemplars}, tables)
-    names = ("base", "faces", "clip", "style")
+    dual = dual_models.save_all(folder / "dual")
+    dual_models.save_exemplars(dual / "codes")
+    flags = ["--weights", str(dual / "base"), "--out", str(dual / "stage1")]
+    dual_pretrain.main([*flags, "--steps", "0"])
+    names = ("base", "faces", "clip", "style", "dual")
     return {n: folder / n for n in names} | {"photo": folder / "photo.png"}
 
 
