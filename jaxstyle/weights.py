@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxstyle.errors import UserError
+from jaxstyle.errors import UserError, one_line
 
 FORMAT_VERSION = 1
 ASSETS = Path(__file__).parent / "assets"
@@ -287,11 +287,17 @@ def _restore(folder: Any) -> Any:
     # The handler itself: a checkpointer looks for metadata that a run keeps elsewhere,
     # and warns.
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        structure = handler.metadata(folder).tree
-        args = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure
-        )
-        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+        try:
+            structure = handler.metadata(folder).tree
+            args = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure
+            )
+            args = ocp.args.PyTreeRestore(restore_args=args)
+            return handler.restore(folder, args=args)
+        # Orbax raises many kinds, a bare Exception among them.
+        except Exception as error:
+            reason = one_line(str(error).split(" [")[0], 200)
+            raise UserError(f"{folder} is damaged or incomplete ({reason})") from error
 
 
 def load(

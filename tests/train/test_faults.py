@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxstyle import weights
 from jaxstyle.errors import UserError
 from tests.train import toy
 from tests.train.test_loop import assert_same, command, leaves, mesh_of
@@ -49,6 +50,8 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     path = tmp_path / "checkpoints"
     states = two_steps(path)
     shutil.rmtree(path / "4" / "params" / "d")
+    with pytest.raises(UserError, match=r"4/params is damaged or incomplete \("):
+        weights._restore(path / "4" / "params")
     state, data = restored(path, states[4])
     assert_same(state, states[2])
     assert data["position"] == 2
