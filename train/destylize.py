@@ -27,7 +27,7 @@ the portrait; of abstract styles try --psi 0.5.
 Published batches mix sums and means in the loss; here every picture is as in a batch of
 one. The split of colors at row 8 is that of the code (the network's is 7); the paper
 says nothing of it. LPIPS is AlexNet's unless --perceptual-net names a folder of VGG's,
-the published one. At 1024 px a picture takes some minutes of an accelerator.
+the published one.
 """
 
 import contextlib
@@ -363,16 +363,15 @@ def find(
     run, frozen = options.run, portraits.place_whole(frozen, mesh)
     know_fn = jax.jit(partial(know, networks, options))
     finish_fn = jax.jit(partial(finish, networks, options))
-    side = options.judge_size
+    side, begin = options.judge_size, partial(start_state, networks)
+    image = jax.ShapeDtypeStruct((run.batch, side, side, 3), "f4")
+    given = jax.eval_shape(know_fn, frozen, image)
+    seeds = np.zeros(run.batch, "u4")
+    state = jax.eval_shape(lambda z: begin(z, seeds, 0), given["z_plus"])
+    step = portraits.compiled(
+        make_step(networks, options), run, mesh, state, frozen, given
+    )
     with jax.set_mesh(mesh):
-        image = jax.ShapeDtypeStruct((run.batch, side, side, 3), "f4")
-        given = jax.eval_shape(know_fn, frozen, image)
-        begin = partial(start_state, networks)
-        seeds = np.zeros(run.batch, "u4")
-        state = jax.eval_shape(lambda z: begin(z, seeds, 0), given["z_plus"])
-        step = portraits.compiled(
-            make_step(networks, options), run, mesh, state, frozen, given
-        )
         done = len(files) - len(left)
         for names, pictures in portraits.chunks(left, run.batch, side):
             began = time.perf_counter()

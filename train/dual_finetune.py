@@ -32,8 +32,9 @@ Where paper and code differ, the code is followed but in this:
 - The average includes T_s, see train.dual_steps; `--ema published`.
 - In an iteration D and G see the same exemplars; published: two draws.
 
-`--no-paired` is the paper's ablation. Look at samples/: portraits, faces, and the faces
-in their style, which shows after some 200 iterations; stop when faces become all alike.
+`--no-paired` and `--reg-lambda 0` are the paper's ablations. Look at samples/: the
+portraits, faces, and these in the portraits' styles; after too long a run all faces are
+the portraits'.
 """
 
 import dataclasses

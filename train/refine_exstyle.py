@@ -204,14 +204,14 @@ def find(
     show_fn = jax.jit(partial(show, networks))
     begin = partial(start_state, networks, options)
     frozen = portraits.place_whole(frozen, mesh)
+    image = jax.ShapeDtypeStruct((run.batch, *(refine.SIZE,) * 2, 3), "f4")
+    codes = jax.ShapeDtypeStruct((run.batch, *shape), "f4")
+    given = jax.eval_shape(know_fn, frozen, image, codes)
+    state = jax.eval_shape(begin, codes)
+    step = portraits.compiled(
+        make_step(networks, options), run, mesh, state, frozen, given
+    )
     with jax.set_mesh(mesh):
-        image = jax.ShapeDtypeStruct((run.batch, *(refine.SIZE,) * 2, 3), "f4")
-        codes = jax.ShapeDtypeStruct((run.batch, *shape), "f4")
-        given = jax.eval_shape(know_fn, frozen, image, codes)
-        state = jax.eval_shape(begin, codes)
-        step = portraits.compiled(
-            make_step(networks, options), run, mesh, state, frozen, given
-        )
         done = len(files) - len(left)
         for names, pictures in portraits.chunks(left, run.batch, refine.SIZE):
             began = time.perf_counter()
