@@ -46,6 +46,8 @@ import optax
 import tyro
 from etils import epath
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from jaxstyle import edits, images, inputs, masks, metrics, pipeline, weights
@@ -241,7 +243,8 @@ def optimize(
       params: its parameters.
       judge: an `LPIPS` module; see `for_lpips`.
       judge_params: its parameters.
-      targets: [n, size, size, 3] in [-1, 1], of the generator's size.
+      targets: [n, size, size, 3] in [-1, 1], of the generator's size; split over
+        devices, so is the search.
       search: space, steps and weights.
       key: of the noise on the code, and of the first draws in z.
       snapshots: keep about this many codes of the way, for an animation.
@@ -284,6 +287,13 @@ def optimize(
     static = {"generator": generator, "space": search.space}
     point = _start(frozen, judge=judge, **static)
     moments = optax.scale_by_adam().init(point)
+    if isinstance(targets.sharding, NamedSharding):
+        # Codes go where their pictures are.
+        mesh, split = targets.sharding.mesh, P(*targets.sharding.spec[:1])
+        point, moments = jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(mesh, split if x.ndim else P())),
+            (point, moments),
+        )
     kept, every = [], max(1, search.steps // max(1, snapshots))
     with tqdm(total=search.steps, desc="compile", disable=not progress) as bar:
         for step in range(search.steps):
@@ -354,7 +364,10 @@ def invert(
             params,
             model.lpips,
             judge_params["lpips"],
-            pictures[np.minimum(np.arange(start, start + batch), n - 1)],
+            # As they are, they stay on the devices they were spread over.
+            pictures
+            if n == batch
+            else pictures[np.minimum(np.arange(start, start + batch), n - 1)],
             search,
             key=key,
             snapshots=snapshots,

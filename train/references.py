@@ -5,6 +5,7 @@ nor inverts again, and people can see what the crop and the inversion gave.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from etils import epath
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxstyle import invert
 from jaxstyle.align import prepare as prepare_picture
@@ -27,6 +30,8 @@ from train import processes
 
 # A tenth of a photo's: the reference teaches by what its code draws already.
 PULL = 0.05
+# Pictures that a device inverts at a time.
+BATCH = 4
 
 
 def digest(paths: Sequence[Path]) -> str:
@@ -91,10 +96,10 @@ def inverted(
     that looks like a real face teaches a stronger style than one that reproduces the
     drawing.
     """
-    found = invert.invert(
+    invert_these = functools.partial(
+        invert.invert,
         generator,
         base,
-        pictures,
         encoder=options.encoder,
         search=invert.Search(
             space=options.inversion_space,
@@ -105,7 +110,18 @@ def inverted(
         key=jax.random.fold_in(jax.random.key(options.run.seed), 3),
         progress=jax.process_index() == 0,
     )
-    return jnp.asarray(found["w_plus"])
+    devices = jax.local_devices()
+    if not options.separate or len(devices) == 1:
+        return jnp.asarray(invert_these(pictures)["w_plus"])
+    # The devices of this process take a part each.
+    where = NamedSharding(Mesh(np.array(devices), ("style",)), P("style"))
+    codes, last = [], len(pictures) - 1
+    each = len(devices) * min(BATCH, -(-len(pictures) // len(devices)))
+    for start in range(0, len(pictures), each):
+        rows = np.minimum(np.arange(start, start + each), last)
+        spread = jax.device_put(pictures[rows], where)
+        codes.append(invert_these(spread, batch=each)["w_plus"])
+    return jnp.concatenate(codes)[: len(pictures)]
 
 
 def by_layer(generator: Generator, w_plus: Array) -> Array:

@@ -28,7 +28,7 @@ from tests.filled import (
     relative_error,
 )
 from tests.train.test_psp import quick_compile
-from train import fits, jojo, loop, optim, sharding
+from train import fits, jojo, loop, optim, references, sharding
 from train.cli import RunOptions
 from train.sharding import make_mesh
 from train.state import create_state
@@ -487,6 +487,24 @@ def test_groups():
     assert [known for _, known in parts] == [0, 0, 1]
     (whole,) = jojo.groups(dataclasses.replace(options, group=0))
     assert whole[0].run.out == "o" and whole[1] == 0
+
+
+@pytest.mark.slow
+def test_inversion_is_split_over_the_devices(tmp_path, quick_compile):
+    model, params = weights.load(small_models.save_base(tmp_path / "base"))
+    pictures = np.random.default_rng(0).uniform(-1, 1, (6, 16, 16, 3))
+    codes = []
+    for separate in (True, False):
+        options = jojo.Options(
+            ref=(Path("r"),) * 6, separate=separate, inversion_steps=3
+        )
+        codes.append(
+            references.inverted(
+                options, model.generator, params["generator"], np.float32(pictures)
+            )
+        )
+    assert codes[0].shape == (6, 6, 16)
+    np.testing.assert_allclose(*codes, atol=1e-5)
 
 
 @pytest.mark.slow
