@@ -597,8 +597,9 @@ def main(args: list[str] | None = None) -> None:
     for style in styles:
         layer_shares(style.generator, options.intensity, options.layers)
     newest = "" if options.weights else " (the newest finished run)"
-    bases = ", ".join(sorted({s.base_name for s in styles}))
-    print(f"weights: {', '.join(names)}{newest}, finetuned from {bases}", flush=True)
+    bases = ", ".join(sorted({s.base_name for s in styles if s.exemplar is None}))
+    origin = f", finetuned from {bases}" if bases else ""
+    print(f"weights: {', '.join(names)}{newest}{origin}", flush=True)
     size = max(CROP_SIZE, *(s.generator.size for s in styles))
     done = 0
     for path, name in zip(photos, images.file_names(photos), strict=True):
