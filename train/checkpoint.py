@@ -6,6 +6,7 @@ aside as `<step>.damaged`, and the run goes on from the one before.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,14 @@ from etils import epath
 from jaxstyle.errors import UserError, one_line
 from train import processes
 from train.state import TrainState
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    # What fails in Orbax's threads comes back as an exception too.
+    return not record.exc_info
+
+
+logging.getLogger("absl").addFilter(_without_traceback)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -183,4 +192,6 @@ def _reason(error: BaseException) -> str:
     """The innermost message, without the places in libraries it came through."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return one_line(str(error).split(" [")[0], 200)
+    text = one_line(str(error).split(" [")[0], 2000)
+    # What the system said comes last.
+    return text if len(text) < 200 else f"{text[:70]} … {text[-120:]}"
