@@ -225,6 +225,10 @@ def load(
             f"weights {name!r} hold {count} exemplars; choose with --style-id{stored}, "
             "or give a picture with --style"
         )
+    # Before any search for codes.
+    parse_weights(options.style_weights)
+    if options.blend:
+        parse_blend(options.blend, len(options.style_id) + len(pictures))
     exemplar = partial(make_exemplar, model.dual, params["dual"], options, psi)
     found = {}
     for style_id in options.style_id:
@@ -241,6 +245,7 @@ def load(
             key=key,
             cache=cache,
         )
+        label = f"{label}-new" if label in found else label
         found[label] = exemplar(code, face, crop)
     if options.blend:
         found = {"+".join(found): blend(list(found.values()), options.blend)}
@@ -448,6 +453,23 @@ def z_plus_code(
     )
 
 
+def parse_blend(text: str, count: int) -> np.ndarray | None:
+    """Shares of `count` exemplars with a sum of 1; None: structure,color.
+
+    Raises:
+      UserError: another text, or another number of shares than of exemplars.
+    """
+    if text.replace(" ", "") == "structure,color" and count == 2:
+        return None
+    shares = np.float32(_numbers(text))
+    if len(shares) != count or count < 2 or not shares.sum() > 0:
+        raise UserError(
+            f"--blend is {text!r} for {count} exemplars; choose two or more and give "
+            "each a share, such as 0.3,0.7, or two of them structure,color"
+        )
+    return shares / shares.sum()
+
+
 def blend(exemplars: Sequence[Exemplar], text: str) -> Exemplar:
     """One exemplar of several of a style, mixed in w+.
 
@@ -457,25 +479,17 @@ def blend(exemplars: Sequence[Exemplar], text: str) -> Exemplar:
         to 6 of the first and the others of the second.
 
     Raises:
-      UserError: another text, or another number of shares than of exemplars.
+      UserError: see `parse_blend`.
     """
-    first = exemplars[0]
-    if text.replace(" ", "") == "structure,color" and len(exemplars) == 2:
-        rows = jnp.arange(first.code.shape[1])[:, None] < STRUCTURE_ROWS
-        parts = [[getattr(e, f) for e in exemplars] for f in ("code", "face")]
-        code, face = (jnp.where(rows, *pair) for pair in parts)
-        return first._replace(code=code, face=face, shown=None)
-    shares = np.float32(_numbers(text))
-    if len(shares) != len(exemplars) or len(shares) < 2 or not shares.sum() > 0:
-        raise UserError(
-            f"--blend is {text!r} for {len(exemplars)} exemplars; give each a share, "
-            "such as 0.3,0.7, or of two structure,color"
-        )
-    shares = shares / shares.sum()
-    code, face = (
-        sum(w * getattr(e, f) for w, e in zip(shares, exemplars, strict=True))
-        for f in ("code", "face")
-    )
+    first, shares = exemplars[0], parse_blend(text, len(exemplars))
+    rows = jnp.arange(first.code.shape[1])[:, None] < STRUCTURE_ROWS
+
+    def mixed(codes):
+        if shares is None:
+            return jnp.where(rows, *codes)
+        return sum(w * code for w, code in zip(shares, codes, strict=True))
+
+    code, face = (mixed([getattr(e, f) for e in exemplars]) for f in ("code", "face"))
     return first._replace(code=code, face=face, shown=None)
 
 

@@ -226,7 +226,7 @@ def test_blends(style):
     np.testing.assert_array_equal(parts[:, :7], a[:, :7])
     np.testing.assert_array_equal(parts[:, 7:], c[:, 7:])
     for text, count in (("1", 1), ("1,1", 3), ("1,-1", 2), ("structure,color", 3)):
-        with pytest.raises(UserError, match="give each a share"):
+        with pytest.raises(UserError, match="a share, such as"):
             dual_style.blend(single[:count], text)
 
 
