@@ -323,7 +323,9 @@ def _checked(
     values = {}
     for name, value in metrics.items():
         if value.ndim:
-            value = multihost_utils.process_allgather(value, tiled=True)
+            if not value.is_fully_addressable:
+                value = multihost_utils.process_allgather(value, tiled=True)
+            value = np.asarray(value)
             of_styles = {
                 f"{name}/{s}": float(v) for s, v in zip(styles, value, strict=True)
             }
