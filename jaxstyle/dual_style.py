@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
+from tqdm import tqdm
 
 from jaxstyle import images, pipeline, weights
 from jaxstyle import refine as refining
@@ -608,7 +609,7 @@ def overview(
     wanted = dataclasses.replace(options, style_id=ids, blend="")
     generator, base, found = load(name, wanted, step=step, psi=psi)
     tiles = []
-    for exemplar in found.values():
+    for exemplar in tqdm(found.values(), unit="exemplar", disable=len(found) < 20):
         if code is None:
             drawn = portrait(exemplar, generator, base)
         else:
