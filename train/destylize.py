@@ -281,7 +281,7 @@ def load(options: Options) -> tuple[Networks, dict[str, Any]]:
             "--portrait-weights is not given; name the generator finetuned on the "
             "portraits: python -m train.stylegan2 --augment"
         )
-    if portrait != generator:
+    if architecture(portrait) != architecture(generator):
         raise UserError(
             f"--portrait-weights are of {portrait.size} px and another architecture "
             f"than --weights {options.weights}; finetune that one"
@@ -300,6 +300,12 @@ def load(options: Options) -> tuple[Networks, dict[str, Any]]:
         "perceptual": perceptual.params,
         "identity": identity.params,
     }
+
+
+def architecture(generator: Generator) -> tuple:
+    """What two generators must share for their codes to mean the same."""
+    widths = generator.mapping_depth, generator.z_dim, generator.w_dim
+    return generator.channel_table, *widths
 
 
 def check(options: Options, generator: Generator) -> None:
