@@ -14,9 +14,11 @@ from jaxstyle.mapper import Mapper
 from tests.clip_models import SMALL, small_params
 from tests.small_models import save_base
 from tests.train.test_loop import lines
+from tests.train.test_psp import quick_compile
 from train import mapper
 from train.cli import RunOptions
 
+__all__ = ["quick_compile"]
 TEXT = "an old man"
 
 
@@ -115,13 +117,14 @@ def test_loss_by_hand(material):
 
 
 @pytest.mark.slow
-def test_a_run_follows_the_text_and_goes_on(material, tmp_path):
+def test_a_run_follows_the_text_and_goes_on(material, tmp_path, quick_compile):
     out = tmp_path / "run"
-    mapper.main([*arguments(material, out, "--steps", 20), "--lr", "0.1"])
-    before = lines(out)
-    assert before[-1]["val_loss"] < before[0]["loss"]
-    mapper.main([*arguments(material, out, "--steps", 22), "--lr", "0.1"])
-    assert [x["step"] for x in lines(out)] == list(range(1, 23))
+    flags = "--optim adam --lr 1 --latent-l2-lambda 0 --validate-every 1".split()
+    mapper.main([*arguments(material, out, "--steps", 30), *flags])
+    values = [x["val_clip"] for x in lines(out)]
+    assert values[-1] < values[0]
+    mapper.main([*arguments(material, out, "--steps", 32), *flags])
+    assert [x["step"] for x in lines(out)] == list(range(1, 33))
     model, params = pipeline.load_generator(material / "base")
     found = inference.load(str(out), model)
     codes = np.random.default_rng(0).standard_normal((2, 6, 16), np.float32)
