@@ -246,7 +246,7 @@ def test_full_disk(tmp_path):
 @pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path):
     out, limit = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limit[1]))
     try:
         process = command("--out", out, "--save-every", 1, "--padding", 2_000_000)
     finally:
