@@ -21,7 +21,8 @@ Pictures are moved, mirrored, blurred and given noise, so that a generator which
 this CLIP cannot please it by noise of its own. OUT/model holds the towers in half
 precision. In metrics.jsonl: `style`, the share of held-out pictures whose style is
 named rightly among five; `words`, the same for age, hair and so on; `retrieval`, how
-often the nearest of all held-out captions is true, beside `retrieval_chance`.
+often the nearest of all held-out captions is true, beside `retrieval_chance`. Words
+that it has not learned (`named_rightly` too seldom) are left out of OUT/model.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "grey": ("grey", "gray"),
     },
     "length": {"short": ("short",), "long": ("long",), "none": ("bald",)},
-    "beard": {"beard": ("a beard",)},
+    "beard": {"beard": ("a beard",), "none": ("no beard",)},
     "mood": {"smiling": ("smiling",), "frowning": ("sad",)},
     "skin": {"dark": ("dark skin",), "pale": ("pale skin",)},
 }
@@ -149,7 +150,7 @@ def facts(head: Mapping[str, Any]) -> np.ndarray:
         "age": _of(head["age"], (0.33, "young"), (0.6, "old")),
         "hair": None if bald else colours[colour],
         "length": "none" if bald else length,
-        "beard": "beard" if head["beard"] > 0 else None,
+        "beard": "beard" if head["beard"] else "none" if head["male"] > 0.7 else None,
         "mood": "smiling" if smile > 0.4 else "frowning" if frown > 0.2 else None,
         "skin": _of(head["melanin"], (0.25, "pale"), (0.6, "dark")),
     }
@@ -226,12 +227,50 @@ def is_true(claims: Array, facts: Array) -> Array:
     return ((claims < 0) | (claims == facts)).all(-1)
 
 
-def vocabulary(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens of all words of the captions, ascending."""
-    words = [word for values in WORDS.values() for v in values.values() for word in v]
-    words += [*ANYBODY, *TEMPLATES, "a an of with and hair"]
-    rows = [tokenizer(word.replace("{}", ""))["input_ids"] for word in words]
+def vocabulary(tokenizer: Any, names: Sequence[str] = tuple(WORDS)) -> tuple[int, ...]:
+    """The tokens of all words of the captions, ascending.
+
+    Args:
+      tokenizer: CLIP's.
+      names: those of `WORDS` that the captions speak of.
+    """
+    words = [word for name in names for v in WORDS[name].values() for word in v]
+    words += [*ANYBODY, "a an of with and"]
+    words += ["hair"] * bool({"hair", "length"} & set(names))
+    rows = [tokenizer(word)["input_ids"] for word in words]
     return tuple(sorted({token for row in rows for token in row}))
+
+
+def forgetting(
+    tokenizer: Any, module: CLIP, params: Mapping, shares: Mapping[str, float]
+) -> tuple[CLIP, dict, list[str]]:
+    """The model without the words that it has failed to learn, and its templates.
+
+    What is named rightly too seldom goes, so that such a word is refused like any other
+    that the model does not know.
+
+    Args:
+      tokenizer: CLIP's.
+      module, params: the model.
+      shares: for names of `WORDS` how often held-out pictures are named rightly.
+    """
+    known = [n for n in WORDS if shares.get(n, 0) >= needed_share(len(WORDS[n]))]
+    tokens = vocabulary(tokenizer, known)
+    rows = np.array([module.token_ids.index(token) for token in tokens])
+    table = np.asarray(params["text"]["token_embedding"])
+    text = {**params["text"], "token_embedding": table[rows]}
+    module = module.clone(token_ids=tokens, vocab_size=len(tokens))
+    templates = [
+        template
+        for template in TEMPLATES
+        if set(tokenizer(template.replace("{}", ""))["input_ids"]) <= set(tokens)
+    ]
+    return module, {**params, "text": text}, templates
+
+
+def needed_share(values: int) -> float:
+    """A third of the way from chance to certainty."""
+    return 1 / values + (1 - 1 / values) / 3
 
 
 # Data
@@ -418,12 +457,26 @@ def _is_matrix(params: Any) -> Any:
 # What it has learned
 
 
-def make_validate(module: CLIP, tokenizer: Any, held: Sequence, seed: int = 0):
+def measured(held: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Up to 1000 held-out pictures [n, size, size, 3] and their facts."""
+    pictures, true = zip(*(held[i] for i in range(min(len(held), 1000))), strict=True)
+    pictures = [images.to_array(Image.fromarray(picture)) for picture in pictures]
+    return np.stack(pictures), np.stack(true)
+
+
+def what_it_names(module: CLIP, params: Any, held: Sequence) -> dict[str, float]:
+    """For each of `WORDS` with several values how often it is named rightly."""
+    pictures, true = measured(held)
+    judge = clip_text.Judge("trained", module, params)
+    seen = embed_all(module, params, pictures)
+    shares = {name: named_rightly(judge, seen, true, name) for name in WORDS}
+    return {name: round(share, 3) for name, share in shares.items() if share}
+
+
+def make_validate(module: CLIP, held: Sequence, seed: int = 0):
     """The measures of metrics.jsonl on the held-out heads; `val_loss` among them."""
-    count = min(len(held), 1000)
-    pictures, true = zip(*(held[i] for i in range(count)), strict=True)
-    pictures = np.stack([images.to_array(Image.fromarray(x)) for x in pictures])
-    true, rng = np.stack(true), np.random.default_rng(seed)
+    pictures, true = measured(held)
+    rng, count = np.random.default_rng(seed), len(true)
     said = [chosen(row, rng, 0.7) or {"style": VALUES["style"][row[0]]} for row in true]
     captions = [caption(one, rng) for one in said]
     correct = np.asarray(is_true(np.stack([claims(one) for one in said]), true))
@@ -439,10 +492,10 @@ def make_validate(module: CLIP, tokenizer: Any, held: Sequence, seed: int = 0):
             "retrieval": float(correct[np.arange(count), products.argmax(1)].mean()),
             "retrieval_chance": float(correct.mean()),
         }
-        shares = {name: named_rightly(judge, seen, true, name) for name in WORDS}
-        found["style"] = shares.pop("style")
-        found["words"] = float(np.mean([s for s in shares.values() if s is not None]))
-        return found | {f"word/{k}": v for k, v in shares.items() if v is not None}
+        shares = what_it_names(module, params, held)
+        found["style"] = shares.pop("style", 0.0)
+        found["words"] = float(np.mean([*shares.values()] or [0.0]))
+        return found | {f"word/{name}": share for name, share in shares.items()}
 
     return lambda state, _: measure(state.params["clip"])
 
@@ -552,16 +605,19 @@ def main(args: list[str] | None = None) -> None:
         mesh=mesh,
         metadata=metadata,
         identity={"data": data.fingerprint(source)},
-        validate=(options.validate_every, make_validate(module, tokenizer, held)),
+        validate=(options.validate_every, make_validate(module, held)),
     )
     out = f"{options.run.out}/model"
-    params = jax.tree.map(np.asarray, state.params)
+    params = jax.tree.map(np.asarray, state.params["clip"])
     if jax.process_index() == 0:
+        shares = what_it_names(module, params, held)
+        module, params, templates = forgetting(tokenizer, module, params, shares)
+        print(f"named rightly: {shares}; the other words are left out of the model")
         weights.save(
             out,
             {"clip": module},
-            params,
-            metadata=metadata,
+            {"clip": params},
+            metadata=metadata | {"templates": templates, "named": shares},
             dtype="float16",
             overwrite=True,
         )

@@ -1,0 +1,200 @@
+"""The small CLIP of drawn heads: true captions, their words alone, a short training."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.clip import load_clip
+from jaxstyle import weights
+from jaxstyle.errors import UserError
+from jaxstyle.features import clip_text
+from train import clip_heads, nada, nada_losses, nada_text
+
+HEAD = {
+    "male": 0.9,
+    "age": 0.8,
+    "melanin": 0.1,
+    "hair": [0.6, 0.6, 0.6],
+    "hair_line": "round",
+    "hair_length": 0.0,
+    "beard": 0.5,
+    "targets": {"mouthSmileLeft": 0.6},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return clip_text.load_tokenizer()
+
+
+def facts(style="pencil", **changes):
+    found = clip_heads.facts(HEAD | changes)
+    found[0] = clip_heads.VALUES["style"].index(style)
+    return found
+
+
+def said(found):
+    """All that is true, in words of `VALUES`."""
+    pairs = zip(clip_heads.VALUES.items(), found, strict=True)
+    return {name: values[i] for (name, values), i in pairs if i >= 0}
+
+
+def test_facts_are_those_of_the_head():
+    assert said(facts()) == {
+        "style": "pencil",
+        "sex": "man",
+        "age": "old",
+        "hair": "grey",
+        "length": "short",
+        "beard": "beard",
+        "mood": "smiling",
+        "skin": "pale",
+    }
+    bald = said(facts(hair_line="none", male=0.5, age=0.5, targets={}, beard=0.0))
+    assert bald == {"style": "pencil", "length": "none", "skin": "pale"}
+    colours = [said(facts(hair=c))["hair"] for c in clip_heads.HAIR.tolist()]
+    assert colours == ["black", "brown", "brown", "blond", "red", "grey"]
+
+
+def test_captions():
+    rng = np.random.default_rng(1)
+    everything = said(facts())
+    sentences = {clip_heads.caption(everything, rng) for _ in range(100)}
+    wanted = "of a smiling old man with short grey hair and a beard and pale skin"
+    assert f"a pencil drawing {wanted}" in sentences
+    assert f"sketch {wanted}" in sentences
+    assert clip_heads.caption({"sex": "man", "age": "old"}, rng) == "an old man"
+    styles = {clip_heads.caption({"style": "cel"}, rng) for _ in range(50)}
+    assert {"a cartoon", "cartoon of a person"} <= styles
+    drawn = [clip_heads.chosen(facts(), rng) for _ in range(300)]
+    assert all(one.items() <= everything.items() for one in drawn)
+    assert 0.8 < np.mean(["style" in one for one in drawn]) < 0.91
+
+
+def test_every_word_of_a_caption_is_one_token_and_others_are_refused(tokenizer):
+    module = clip_heads.make_module(clip_heads.Options(data=()), tokenizer)
+    assert all(
+        tokenizer.convert_ids_to_tokens(t).endswith("</w>")
+        for t in module.token_ids[:-2]
+    )
+    rng = np.random.default_rng(0)
+    styles = clip_heads.VALUES["style"]
+    texts = [clip_heads.caption(said(facts(s)), rng) for s in styles for _ in range(20)]
+    texts += nada_text.needed(
+        "a photo", "pencil drawing", templates=clip_heads.TEMPLATES
+    )
+    assert clip_text.tokenize(tokenizer, texts, module).max() == module.vocab_size - 1
+    for text, word in (("a photo of one man", "one"), ("a zebra", "ze")):
+        with pytest.raises(UserError, match=f"not learned the word '{word}.*beard"):
+            clip_text.tokenize(tokenizer, [text], module)
+
+
+def test_captions_true_of_a_picture():
+    true = np.stack([facts(), facts("cel", male=0.0)])
+    captions = [{"style": "cel"}, {"age": "old"}, {"style": "pencil", "sex": "woman"}]
+    table = clip_heads.is_true(
+        jnp.stack([clip_heads.claims(one) for one in captions]), jnp.asarray(true)
+    )
+    assert table.tolist() == [[False, True, False], [True, True, False]]
+
+
+def test_contrastive_loss_shares_what_is_true():
+    logits = jnp.array([[2.0, 2.0, -30.0], [2.0, 2.0, -30.0], [-30.0, -30.0, 5.0]])
+    true = logits > 0
+    loss = clip_heads.contrastive_loss(logits, true)
+    np.testing.assert_allclose(loss, np.log(2) * 2 / 3, rtol=1e-6)
+    plain = clip_heads.contrastive_loss(logits, jnp.eye(3, dtype=bool))
+    np.testing.assert_allclose(plain, loss, rtol=1e-6)
+    assert clip_heads.contrastive_loss(-logits, true) > 10
+
+
+def test_what_was_not_learned_is_forgotten(tokenizer):
+    module = clip_heads.make_module(clip_heads.Options(data=(), width=32), tokenizer)
+    params = module.init_params(key=jax.random.key(0))
+    shares = {"style": 0.9, "sex": 0.5, "skin": 0.7, "hair": 0.4, "mood": 0.8}
+    small, kept, templates = clip_heads.forgetting(tokenizer, module, params, shares)
+    assert small.vocab_size == len(kept["text"]["token_embedding"]) < module.vocab_size
+    assert templates[0] == "{}" and "{} of a person with dark skin" in templates
+    judges = [
+        clip_text.Judge("", m, p, templates=tuple(clip_heads.TEMPLATES))
+        for m, p in ((module, params), (small, kept))
+    ]
+    texts = ["a sketch of a smiling person with pale skin", *templates[1:3]]
+    texts = [text.replace("{}", "poster") for text in texts]
+    before, after = (judge.encode_texts(texts) for judge in judges)
+    np.testing.assert_allclose(before, after, rtol=1e-5)
+    for text in ("a photo of a woman", "red hair", "no beard"):
+        judges[0].encode_texts([text])
+        with pytest.raises(UserError, match="not learned"):
+            judges[1].encode_texts([text])
+
+
+def save_heads(folder, n=12, size=16):
+    """A folder as train.heads writes it, of flat pictures."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for style, level in (("photo", 90), ("pencil", 220)):
+        shape = n, size, size, 3
+        pictures = level + rng.integers(-9, 9, shape)
+        np.save(folder / f"{style}.npy", pictures.astype(np.uint8))
+    lines = [json.dumps(HEAD | {"male": i % 2}) for i in range(n)]
+    (folder / "heads.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_short_training(tmp_path, capsys):
+    heads, out = save_heads(tmp_path / "heads"), tmp_path / "run"
+    args = f"--data {heads} --out {out} --held-out 4 --size 16 --width 32 --batch 8"
+    args += " --vision-layers 1 --text-layers 1 --steps 2 --log-every 1 --lr 1e-2"
+    clip_heads.main([*args.split(), "--mesh-data", "1"])
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and np.isfinite(lines[-1]["loss"])
+    assert {"style", "words", "word/sex", "retrieval", "val_loss"} <= lines[-1].keys()
+    judge = load_clip(out / "model")
+    assert judge.templates[0] == "{}"
+    assert set(judge.templates) <= set(clip_heads.TEMPLATES)
+    anchors = nada_losses.anchors(judge, "a person", "a face")
+    assert np.isfinite(anchors["direction"]).all()
+    with pytest.raises(UserError, match="not learned"):
+        nada_losses.anchors(judge, "a person", "a zebra")
+    with pytest.raises(UserError, match="no {}"):
+        nada_text.templates_of(judge, ["a man"])
+    capsys.readouterr()
+    for wrong, message in (
+        (["--held-out", "12"], "--held-out is 12"),
+        (["--data", str(tmp_path)], "holds no STYLE.npy"),
+        (["--held-out", "1"], "must be at least 2"),
+    ):
+        with pytest.raises(SystemExit):
+            clip_heads.main([*args.split(), *wrong, "--out", str(tmp_path / "x")])
+        assert message in capsys.readouterr().err
+
+
+def test_the_folder_it_asks_for(tmp_path):
+    heads = save_heads(tmp_path / "heads")
+    source = clip_heads.Heads([heads], 4)
+    picture, true = source[1]
+    assert picture.shape == (16, 16, 3) and said(true)["style"] == "pencil"
+    assert len(source) == 16 and len(clip_heads.Heads([heads], 4, train=False)) == 8
+    (heads / "heads.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="heads.jsonl cannot be read"):
+        clip_heads.Heads([heads], 4)
+
+
+def test_what_ships_refuses_what_it_has_not_learned():
+    folder = weights.ASSETS / nada.SMALL_CLIP
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 4e6
+    judge = load_clip(nada.SMALL_CLIP)
+    named = weights.read_config(nada.SMALL_CLIP)["metadata"]["named"]
+    for name, share in named.items():
+        words = [w for v in clip_heads.WORDS[name].values() for w in v]
+        if share < clip_heads.needed_share(len(clip_heads.WORDS[name])):
+            with pytest.raises(UserError, match="not learned"):
+                judge.encode_texts(words)
+        else:
+            judge.encode_texts(words)
+    nada_losses.anchors(judge, "a photo", "a pencil drawing")
