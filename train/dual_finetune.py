@@ -8,7 +8,8 @@ with its rows from 8 on drawn anew:
     unpaired, G(z, e)
     paired,   G(i, e)   + λ_perc (0.5 ‖f₂(G) - f₂(S)‖₁ + ‖f₃(G) - f₃(S)‖₁)
     both      λ_adv · non-saturating loss
-              + λ_CX · contextual loss (f₃, h = 0.2) + λ_FM · ‖mean f₂‖² + ‖mean f₃‖²
+              + λ_CX · contextual loss (f₃, h = 0.2)
+              + λ_FM · mean square of the difference of their mean f₂, and of mean f₃
               + λ_ID · (1 - cos) of G's face and the one drawn without the exemplar
               + λ_reg · Σ ‖W‖ over the extrinsic path's arrays but T_s
 
