@@ -11,15 +11,17 @@ time:
 - a kernel counts the turns of its grid times the largest of its scheduled bundles, the
   rows that its busiest matrix unit multiplies, and its memory traffic in cycles.
 
-All of it is read from the compiler's output. A kernel with a loop besides the grid's is
-an error, since its turns would not be known. The whole 1024 px program compiles for
-minutes: `--layers` and `--directions` choose less, and `--json` keeps what is there.
+All of it is read from the compiler's output. A loop within a turn counts as often as
+its exit test says; one without such a test is an error. The whole 1024 px program
+compiles for minutes: `--layers` and `--directions` choose less, and `--json` keeps what
+is there.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -47,7 +49,7 @@ KEYS = ("topology", "size", "batch", "layer", "direction", "implementation")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the compiler's files say of one kernel; cycles are of one turn."""
+    """What the compiler's files say of one kernel; all but `turns` are of one turn."""
 
     turns: int
     bundles: int
@@ -73,12 +75,48 @@ def dumps():
         yield Path(folder)
 
 
+def read_loops(code: str) -> tuple[list[tuple[int, str]], int | None, int, int]:
+    """How often the bundles of a kernel run.
+
+    Args:
+      code: the scheduled bundles, whose depth of loops is a number of `>`.
+
+    Returns:
+      (times in one turn of the grid's loop, text) of each bundle, the exit count of the
+      grid's loop (None without one), how many loops there are, and how many of them
+      can be counted.
+    """
+    exits: dict[int, int] = {}
+    inside: list[int] = []
+    bundles, outer, loops = [], set(), 0
+    for line in code.splitlines():
+        found = re.match(r" *(?:0x[0-9a-f]+|0) +(\w\w)? *: *(>*) *\{(\})?", line)
+        if not found:
+            continue
+        begins, depth, empty = found[1] == "LB", len(found[2]), bool(found[3])
+        if not empty:
+            # Empty bundles do not say how deep they are.
+            del inside[depth - begins :]
+        if begins:
+            inside.append(loops)
+            loops += 1
+        outer.update(inside[:1])
+        if test := re.search(r"totalorder %\w+, (\d+) /\* loop exit test \*/", line):
+            exits[inside[-1]] = int(test[1])
+        bundles.append((tuple(inside[1:]), line))
+    if len(outer) > 1 or len(exits) != loops:
+        return [], None, loops, len(exits)
+    turns = exits[outer.pop()] if outer else None
+    counted = [(math.prod(exits[i] for i in of), line) for of, line in bundles]
+    return counted, turns, loops, loops
+
+
 def read_kernel(folder: Path, name: str) -> Kernel:
     """Read the compiler's files of the kernel that the program calls `name`.
 
     Raises:
       FileNotFoundError: there are none.
-      RuntimeError: they hold a loop besides the grid's.
+      RuntimeError: they hold a loop whose turns cannot be read.
     """
 
     def text(ending: str) -> str:
@@ -93,20 +131,20 @@ def read_kernel(folder: Path, name: str) -> Kernel:
 
     analysis = text("schedule-analysis_final_bundles")
     bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", analysis)[1])
-    code = text("final_bundles")
-    loops = len(re.findall(r"^ *0x[0-9a-f]+ LB:|^ *0 LB:", code, re.M))
-    exits = re.findall(r"totalorder %\w+, (\d+) /\* loop exit test \*/", code)
-    if loops > 1 or len(exits) != loops:
-        raise RuntimeError(f"kernel {name} holds {loops} loops, {len(exits)} resolved")
+    counted, turns, loops, resolved = read_loops(text("final_bundles"))
+    if not counted:
+        raise RuntimeError(f"kernel {name} holds {loops} loops, {resolved} resolved")
+    bundles += sum(times - 1 for times, _ in counted)
     rows = Counter()
-    for kind, unit in re.findall(r"(vmatmul(?:\.lmr)?)[\w.]*mxu(\d)", code):
-        rows[unit] += MATMUL_ROWS[kind]
+    for times, line in counted:
+        for kind, unit in re.findall(r"(vmatmul(?:\.lmr)?)[\w.]*mxu(\d)", line):
+            rows[unit] += times * MATMUL_ROWS[kind]
     slots = text("final_hlo-static-per-bundle-utilization")
     names, used = slots.split("== UTILIZATION:")
     spill = names.split("\n")[1].split(", ").index("VSTORE:SPILL")
     spills = sum(int(line.split()[spill]) for line in used.strip().splitlines())
     # Two turns of the grid's loop only start and end its pipeline.
-    turns = int(exits[0]) - 2 if loops else 1
+    turns = 1 if turns is None else turns - 2
     return Kernel(turns, bundles, max(rows.values(), default=0), spills)
 
 

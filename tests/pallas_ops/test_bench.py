@@ -51,6 +51,19 @@ def test_estimate(tmp_path):
     assert found["ms"] == pytest.approx(6200 / 1.5e6)
 
 
+def test_loop_within_a_turn(tmp_path):
+    """Its bundles and products count as often as they run."""
+    lines = FILES["final_bundles"].splitlines()
+    loop = [
+        "  0x10 LB: >> { %8 = vmatmul.bf16.gmra.mxu1 %v2 }",
+        "  0x11   : >> { %p = scmp.ge.s32.totalorder %s1, 3 /* loop exit test */ }",
+    ]
+    code = "\n".join([*lines[:-1], *loop, lines[-1]])
+    write(tmp_path, "conv.1", FILES | {"final_bundles": code})
+    kernel = bench.read_kernel(tmp_path, "conv.1")
+    assert kernel == bench.Kernel(32, 100 + 2 * 2, (1 + 3) * 16, 2)
+
+
 def test_unresolved_loop(tmp_path):
     """A loop in the body would be counted once: refused."""
     code = FILES["final_bundles"] + "  0x10 LB: >> { %p = vnop }\n"
