@@ -11,7 +11,7 @@ to where it does; on a generator that nobody finetuned it is an edit by a text.
    CLIP's E and T, R an identity network; the text as it is, in no template.
 
     python -m train.mapper --weights runs/nada-dog-cat --target "a cat" --id-lambda 0
-    python -m train.mapper --target "an old man" --clip clip_heads
+    python -m train.mapper --target "a pencil drawing" --clip clip_heads
     python -m jaxstyle.stylize me.jpg --weights runs/sketch --mapper runs/mapper-x
 
 The codes are random w truncated by --psi, new ones in each step (the published code
