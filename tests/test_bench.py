@@ -7,6 +7,7 @@ import pytest
 from jaxstyle import bench
 
 
+@pytest.mark.slow
 def test_cases_run(monkeypatch, capsys):
     monkeypatch.setattr(bench, "run_case", bench.measure)
     bench.main("--sizes 8 --batches 1 --repeats 1 --json --no-cache".split())

@@ -258,6 +258,7 @@ def test_equals_the_original_at_1024(converted):
 # A fresh path
 
 
+@pytest.mark.slow
 def test_starts_as_style_mixing(tmp_path):
     """Untouched, the network is the generator with the exemplar's rows from 7 on."""
     state = filled_state_dict("stylegan2_g_64", f"{PREFIX}:stylegan2_64")

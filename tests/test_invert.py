@@ -48,7 +48,9 @@ def search_for(setting, targets, space, steps, **options):
     )
 
 
-@pytest.mark.parametrize("space", ["w_plus", "w", "z"])
+@pytest.mark.parametrize(
+    "space", [pytest.param("w_plus", marks=pytest.mark.slow), "w", "z"]
+)
 def test_search_comes_near_to_the_pictures(setting, space):
     params, judge_params, targets = setting
 
@@ -70,6 +72,7 @@ def test_search_comes_near_to_the_pictures(setting, space):
         assert (found["w_plus"] == found["w"][:, None]).all()
 
 
+@pytest.mark.slow
 def test_each_picture_is_searched_alone(setting):
     targets = setting[2]
     together = search_for(setting, targets, "w_plus", 12)["w_plus"]

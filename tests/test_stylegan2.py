@@ -320,6 +320,7 @@ def test_bfloat16_stays_close_and_pictures_stay_float32():
     assert float(jnp.abs(rough - exact).max() / jnp.abs(exact).max()) < 0.05
 
 
+@pytest.mark.slow
 def test_remat():
     """Blocks are recomputed: fewer values are kept, and gradients stay the same."""
     z = jax.random.normal(jax.random.key(2), (2, 512))

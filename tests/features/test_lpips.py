@@ -94,6 +94,7 @@ def test_gradient_of_black_pictures_is_finite():
     assert np.isfinite(jax.grad(loss)(black)).all()
 
 
+@pytest.mark.slow
 def test_each_picture_is_judged_alone(key):
     module = LPIPS()
     params = {"params": module.init_params(key=key)}

@@ -169,6 +169,7 @@ def train(base, out, *flags):
     return lines(out)
 
 
+@pytest.mark.slow
 def test_run_adds_rows_one_by_one(base, faces, tmp_path, quick_compile):
     out = tmp_path / "run"
     flags = ["--data", faces, "--id-lambda", 0, "--progressive-start", 2]

@@ -168,6 +168,7 @@ def test_a_table_of_the_other_schemes(tmp_path, capsys, monkeypatch):
     assert rows["cel", "reference"]["variety"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_small_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "_run", train_here)
     base = small_models.save_base(tmp_path / "base")

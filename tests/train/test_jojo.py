@@ -142,7 +142,16 @@ def test_discriminator_features_equal_the_original(original):
 
 
 @pytest.mark.parametrize("original", [64], indirect=True)
-@pytest.mark.parametrize("run", ["ft", "ft_two_refs", "ft_alpha06"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        "ft",
+        *(
+            pytest.param(r, marks=pytest.mark.slow)
+            for r in ("ft_two_refs", "ft_alpha06")
+        ),
+    ],
+)
 def test_first_step_equals_the_original(original, run):
     parity(original, run, 1)
 
@@ -242,7 +251,7 @@ def gradient_norm(state):
     return float(optax.tree.norm(moment))
 
 
-@pytest.mark.parametrize("id_lambda", [0.0, 1.0])
+@pytest.mark.parametrize("id_lambda", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_one_and_eight_devices_agree(id_lambda):
     one, first = small_run(mixes=8, id_lambda=id_lambda)
     eight, other = small_run(mixes=8, devices=8, id_lambda=id_lambda)
@@ -258,6 +267,7 @@ def test_one_and_eight_devices_agree(id_lambda):
     assert abs(first[-1]["loss"] - other[-1]["loss"]) < 1e-3 * first[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_styles_side_by_side_learn_what_each_would_alone():
     together, metrics = small_run(refs=2, separate=True, steps=3, devices=2, style=2)
     on_one, again = small_run(refs=2, separate=True, steps=3)
@@ -271,6 +281,7 @@ def test_styles_side_by_side_learn_what_each_would_alone():
     assert float(jnp.abs(weight[0] - weight[1]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_only_what_draws_the_picture_trains():
     before = GENERATOR.init_params(key=jax.random.key(1))
     state, _ = small_run(steps=2)
@@ -297,6 +308,7 @@ def test_style_space_mixing_leaves_the_affine_maps_alone():
         assert (before[name]["weight"] != after[name]["weight"]).any()
 
 
+@pytest.mark.slow
 def test_both_mask_spaces_start_at_the_same_loss():
     # Affine maps commute with a 0/1 choice of codes.
     _, w = small_run(mask="01101", mixes=2)
@@ -304,6 +316,7 @@ def test_both_mask_spaces_start_at_the_same_loss():
     assert abs(w[0]["loss"] - s[0]["loss"]) < 1e-5 * w[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_full_mask_leaves_nothing_random():
     losses = [small_run(mask="all", seed=i, noise_mode="none")[1] for i in (0, 1)]
     assert losses[0] == losses[1]
@@ -533,6 +546,7 @@ def test_each_style_becomes_a_folder(tmp_path, capsys):
     assert "continuing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_with_an_identity_loss_goes_on(tmp_path, capsys):
     base = small_models.save_base(tmp_path / "base")
     judge = {"identity": IDENTITY.init_params(key=jax.random.key(0))}

@@ -267,6 +267,7 @@ def command(base, out, *flags):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(base, tmp_path, capsys):
     texts = ["--source", "photo", "--target", "sketch"]
     out = tmp_path / "run"
@@ -326,6 +327,7 @@ def test_two_models_by_files_of_embeddings(base, tmp_path):
     assert abs(last["loss"] - wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_it_stops_by_itself(base, tmp_path):
     flags = ["--source", "photo", "--target", "sketch", "--validate-every", "2"]
     flags += ["--steps", "9", "--log-every", "4"]

@@ -304,6 +304,7 @@ def train(base, out, *flags):
     return lines(out)
 
 
+@pytest.mark.slow
 def test_run_validates_keeps_the_best_and_goes_on(
     base, faces, tmp_path, quick_compile, capsys
 ):
@@ -343,7 +344,10 @@ def test_run_validates_keeps_the_best_and_goes_on(
             "--space w",
             marks=pytest.mark.slow,
         ),
-        "--data generated --space z_plus --code-lambda 1 --id-lambda 0",
+        pytest.param(
+            "--data generated --space z_plus --code-lambda 1 --id-lambda 0",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "--task ffhq_frontalize --source DATA --train-decoder",
             marks=pytest.mark.slow,

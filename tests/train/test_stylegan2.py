@@ -104,7 +104,8 @@ def check_norms(data, prefix, state_dict, bound):
     assert relative_error(norms, data[f"{prefix}_norm"]) < bound
 
 
-@pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 256])
 def test_path_length_equals_the_original(quick_compile, converted, size):
     data, (modules, params) = golden(f"stylegan2_adv_{size}"), converted(size)
     generator = modules["generator"]
@@ -131,7 +132,8 @@ def test_path_length_equals_the_original(quick_compile, converted, size):
     assert relative_error(value, data["pl_penalty2"]) < 6e-4
 
 
-@pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 256])
 def test_r1_equals_the_original(quick_compile, converted, size):
     data, (modules, params) = golden(f"stylegan2_d_{size}"), converted(size)
     discriminator, count = modules["discriminator"], int(data["r1_batch"])
@@ -319,6 +321,7 @@ def test_first_steps_agree_at_64_px():
         assert max(found) <= (10 if is_norm else 1), (step, value)
 
 
+@pytest.mark.slow
 def test_runs_agree_on_one_and_eight_devices_and_resume(
     quick_compile, data_file, tmp_path
 ):
@@ -337,6 +340,7 @@ def test_runs_agree_on_one_and_eight_devices_and_resume(
 # Options
 
 
+@pytest.mark.slow
 def test_bfloat16_trains(quick_compile, data_file, tmp_path):
     # Compiling the path length takes longest; it holds nothing of its own in bfloat16.
     flags = ["--steps", 2, "--dtype", "bfloat16", "--mesh-data", 1, "--g-reg-every", 0]

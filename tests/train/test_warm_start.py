@@ -21,6 +21,7 @@ def test_mapping_draws_the_codes_moments(depth):
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(codes.T), atol=0.06)
 
 
+@pytest.mark.slow
 def test_few_steps_make_a_network(tmp_path):
     rng = np.random.default_rng(0)
     colors = rng.integers(0, 255, (12, 1, 1, 3))
