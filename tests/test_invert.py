@@ -49,7 +49,7 @@ def search_for(setting, targets, space, steps, **options):
 
 
 @pytest.mark.parametrize(
-    "space", [pytest.param("w_plus", marks=pytest.mark.slow), "w", "z"]
+    "space", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("w_plus", "z")), "w"]
 )
 def test_search_comes_near_to_the_pictures(setting, space):
     params, judge_params, targets = setting
@@ -90,6 +90,7 @@ def test_rows_stay_together_for_the_first_third(setting):
     assert (spread[:5] == 0).all() and (spread[6:] > 0).all()
 
 
+@pytest.mark.slow
 def test_pull_brings_codes_to_the_average(setting):
     params, judge_params, targets = setting
     far = []

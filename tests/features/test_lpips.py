@@ -80,6 +80,7 @@ def test_shipped_weights_judge_as_known(pair):
     np.testing.assert_allclose(kept, model.lpips.apply(params, a, b), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_black_pictures_is_finite():
     module = LPIPS()
     params = module.init_params(key=jax.random.key(0))

@@ -137,7 +137,9 @@ def test_bfloat16_gradient(name):
     assert_near(got, pulled(specified(up)), 9 * LAYERS[name][1], 25)
 
 
-@pytest.mark.parametrize("name", ["conv_512", "up_1024"])
+@pytest.mark.parametrize(
+    "name", ["conv_512", pytest.param("up_1024", marks=pytest.mark.slow)]
+)
 def test_second_derivatives(name):
     """The gradient of the gradient's norm, as path length and R1 need."""
     up, args = LAYERS[name][2], arguments(name, 1, 1)

@@ -43,6 +43,7 @@ def test_controller_equals_the_original():
         assert state.p == p
 
 
+@pytest.mark.slow
 def test_nothing_happens_at_0(images):
     keys = jax.random.split(jax.random.key(0), 3)
     for variant in augment.VARIANTS:

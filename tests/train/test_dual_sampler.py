@@ -65,6 +65,7 @@ def style(tmp_path):
     return tmp_path / "style"
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_codes_and_goes_on(style, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--weights", str(style), "--out", str(out), "--lr", "0.02"]

@@ -330,12 +330,14 @@ def test_alpha_zero_mixes_nothing():
     assert zero == everything
 
 
+@pytest.mark.slow
 def test_a_fixed_set_of_codes_repeats():
     _, metrics = small_run(codes=2, steps=4, lr=1e-30, noise_mode="none")
     losses = [m["loss"] for m in metrics]
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains():
     _, metrics = small_run(steps=20, mask="all", dtype="bfloat16", noise_mode="none")
     losses = [m["loss"] for m in metrics]
@@ -417,6 +419,7 @@ def test_identity_loss_teaches_the_trained_generator_alone():
         assert any(moves) == (name == "synthesis")
 
 
+@pytest.mark.slow
 def test_styles_side_by_side_with_the_identity_loss():
     _, (metrics,) = small_run(refs=2, separate=True, devices=2, style=2, id_lambda=0.5)
     expected = metrics["perceptual"] + 0.5 * metrics["id"]
