@@ -346,6 +346,7 @@ def apply_small(small, *codes, **options):
     )
 
 
+@pytest.mark.slow
 def test_smallest_size_and_both_paths(small):
     faces, styles = jax.random.normal(jax.random.key(1), (2, 3, 8, 8))
 

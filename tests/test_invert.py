@@ -129,6 +129,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_command_optimizes(tmp_path, photos, capsys):
     base = save_base(tmp_path / "base", size=32)
     out = tmp_path / "found"

@@ -71,6 +71,7 @@ def test_wheel_in_a_clean_environment_stylises(wheel, tmp_path):
     stylise(python, folder, PYTHONPATH="")
 
 
+@pytest.mark.slow
 def test_wheel_away_from_the_checkout_stylises(wheel, tmp_path):
     installed = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]

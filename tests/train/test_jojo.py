@@ -122,6 +122,7 @@ def parity(original, run, steps):
     return generator, current, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", [64], indirect=True)
 def test_discriminator_features_equal_the_original(original):
     size, networks, params = original
@@ -382,6 +383,7 @@ def both_losses(mask_space):
     return loss, trained, base, frozen, codes, z
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_space", ["w", "s"])
 def test_identity_loss_equals_its_formula(mask_space):
     loss, trained, base, frozen, codes, z = both_losses(mask_space)

@@ -115,6 +115,7 @@ def ours(name):
     return f"{'conv' if int(number) % 2 else 'up'}_{8 << int(number) // 2}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [

@@ -413,6 +413,7 @@ def on_one_and_eight(make_steps, state, frozen, batch):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lambdas",
     [

@@ -152,6 +152,7 @@ def test_r1_equals_the_original(quick_compile, converted, size):
     check_norms(data, "r1_grad", state, 2e-3)
 
 
+@pytest.mark.slow
 def test_iteration_equals_the_original(quick_compile, converted):
     data, (modules, params) = golden("stylegan2_adv_64"), converted(64)
     options = stylegan2.Options(data="", run=RunOptions(batch=int(data["it_batch"])))
@@ -293,6 +294,7 @@ def device_errors(options, modules, state, entries, real):
     return errors
 
 
+@pytest.mark.slow
 def test_first_steps_agree_on_one_and_eight_devices(quick_compile):
     real = np.random.default_rng(1).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
     errors = device_errors(*small(size=16, channels=(8, 8, 8)), real)
