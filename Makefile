@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m jaxstyle.demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow

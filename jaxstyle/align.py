@@ -10,10 +10,11 @@ and JoJoGAN use it: a square from the means of the eyes and of the mouth corners
 `ALIGN.md` says what to do when no face is found.
 """
 
+import io
 import json
+import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image
 from jaxstyle import images
 from jaxstyle.errors import UserError, cli, one_line
 from jaxstyle.options import parse
+from jaxstyle.paths import place
 
 WAYS_OUT = (
     "give the eyes and the mouth by hand (--eyes x,y x,y --mouth x,y), a file of "
@@ -268,15 +270,17 @@ def _dlib_faces(image: Image.Image) -> list[np.ndarray]:
     ]
 
 
-def read_landmarks(path: str | Path, picture: str | Path = "") -> np.ndarray:
+def read_landmarks(
+    path: str | os.PathLike, picture: str | os.PathLike = ""
+) -> np.ndarray:
     """Landmarks [68, 2], [5, 2] or [3, 2] of a .npy, .txt or .json file.
 
     A .json file holds a list of points, or a dict with one under "landmarks". If `path`
     is a folder, the file in it is named as `picture`.
     """
-    path = Path(path)
+    path = place(path)
     if path.is_dir():
-        stem = Path(picture).stem
+        stem = epath.Path(picture).stem
         files = [path / (stem + suffix) for suffix in (".npy", ".txt", ".json")]
         path = next((file for file in files if file.is_file()), files[0])
     if not path.is_file():
@@ -286,7 +290,7 @@ def read_landmarks(path: str | Path, picture: str | Path = "") -> np.ndarray:
         )
     try:
         if path.suffix == ".npy":
-            points = np.load(path, allow_pickle=False)
+            points = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         elif path.suffix == ".json":
             points = json.loads(path.read_text())
             points = points["landmarks"] if isinstance(points, dict) else points
@@ -337,7 +341,7 @@ def _point(option: str, text: str) -> np.ndarray:
 
 
 def prepare(
-    path: str | Path, size: int, options: AlignOptions | None = None
+    path: str | os.PathLike, size: int, options: AlignOptions | None = None
 ) -> tuple[Image.Image, Alignment]:
     """Read a picture and crop its face: what every command does with a photo.
 
@@ -371,7 +375,7 @@ def prepare(
     return alignment.crop, alignment
 
 
-def _center_crop(image: Image.Image, size: int, path: str | Path) -> Alignment:
+def _center_crop(image: Image.Image, size: int, path: str | os.PathLike) -> Alignment:
     """The centred square, with the quad that an alignment of it would have."""
     side = min(image.size)
     if image.width != image.height:
@@ -415,7 +419,7 @@ def main(args: list[str] | None = None) -> None:
     if not 8 <= options.size <= 4096:
         raise UserError(f"--size is {options.size}; it must be between 8 and 4096")
     paths = images.image_files(options.photo)
-    folder = Path(options.photo).is_dir()
+    folder = place(options.photo).is_dir()
     if len(paths) > 1:
         if options.align.eyes or options.align.mouth:
             raise UserError(

@@ -6,13 +6,13 @@ metadata of the run it comes from.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 from tqdm import tqdm
 
@@ -153,7 +153,7 @@ class Item(NamedTuple):
     """
 
     name: str
-    path: Path
+    path: epath.Path
     x: np.ndarray
     shown: dict[str, np.ndarray]
 
@@ -181,7 +181,7 @@ class Reading(NamedTuple):
     rows: tuple[int, ...] = ()
 
 
-def read_items(paths: Sequence[Path], reading: Reading) -> Iterator[Item]:
+def read_items(paths: Sequence[epath.Path], reading: Reading) -> Iterator[Item]:
     """The pictures as they go in, one after the other.
 
     Of a folder, what cannot be used (no face, damaged, unknown classes) is named and
@@ -203,7 +203,7 @@ def read_items(paths: Sequence[Path], reading: Reading) -> Iterator[Item]:
             tqdm.write(f"left out: {error}")
 
 
-def _read(path: Path, name: str, reading: Reading) -> list[Item]:
+def _read(path: epath.Path, name: str, reading: Reading) -> list[Item]:
     kind, size = reading.inputs, reading.size
     if kind == "sketch":
         x = inputs.drawing(images.open_image(path), size)

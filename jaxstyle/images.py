@@ -10,13 +10,13 @@ import io
 import os
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jaxstyle.errors import UserError, one_line
+from jaxstyle.paths import place
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused: a float copy alone would take more than 1 GB."""
@@ -61,18 +61,18 @@ def open_image(path):
 
 
 def _open(path, convert):
-    path = Path(path)
+    path = place(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one picture")
     if not path.is_file():
         raise UserError(f"{path}: no such picture")
-    if path.stat().st_size == 0:
+    if path.stat().length == 0:
         raise UserError(f"{path} is an empty file")
     with warnings.catch_warnings():
         # Pillow warns about odd metadata and large sizes; the size rule is ours.
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path, formats=_READABLE) as image:
+            with path.open("rb") as file, Image.open(file, formats=_READABLE) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise UserError(
@@ -247,7 +247,7 @@ def image_files(path):
     Hidden files and other files are left out; sub-folders are not entered. Raises
     `UserError` if there is no picture.
     """
-    path = Path(path)
+    path = place(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -273,7 +273,7 @@ def file_names(paths):
 
     a.jpg and a.png of one folder become a-jpg and a-png, not to overwrite each other.
     """
-    paths = [Path(path) for path in paths]
+    paths = [epath.Path(path) for path in paths]
     alike = collections.Counter(path.stem for path in paths)
     return [
         path.stem if alike[path.stem] == 1 else path.name.replace(".", "-")

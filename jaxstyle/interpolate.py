@@ -23,7 +23,6 @@ face in one exemplar's style, for weights of its structure (down) and of its col
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -131,7 +130,7 @@ def end_code(text: str, options: Options, style: Style) -> tuple[np.ndarray, str
             print(f"{text} holds {len(codes)} codes; taking the first")
         return codes[:1], space
     size = max(CROP_SIZE, style.generator.size)
-    crop, _ = prepare(Path(text), size, options.align)
+    crop, _ = prepare(epath.Path(text), size, options.align)
     code = photo_code(
         images.to_array(crop),
         style.generator,
@@ -139,7 +138,7 @@ def end_code(text: str, options: Options, style: Style) -> tuple[np.ndarray, str
         encoder=choose_encoder(options.encoder, style.base_name),
         search=dataclasses.replace(DEFAULT_SEARCH, steps=options.steps),
         seed=options.seed,
-        cache=epath.Path(options.out).parent / Path(text).stem,
+        cache=epath.Path(options.out).parent / epath.Path(text).stem,
     )
     return code[None], "w_plus"
 

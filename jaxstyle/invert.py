@@ -35,7 +35,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -386,7 +385,7 @@ def invert(
 class Options:
     """Options of jaxstyle.invert."""
 
-    photo: tyro.conf.Positional[Path]
+    photo: tyro.conf.Positional[epath.Path]
     """A photo, or a folder of photos; for an encoder of drawings or label maps those
     (PNG, the classes as grey values or palette indices)."""
     weights: str = ""
@@ -412,7 +411,7 @@ class Options:
     """Move the codes along directions, all of them added: age:+3 smile:-1.5."""
     directions: str = "directions"
     """Folder of direction files NAME.npz, as `python -m convert` writes them."""
-    target: Path | None = None
+    target: epath.Path | None = None
     """Pictures wanted, a folder with the same names (or one picture): print and write
     LPIPS, MSE and identity of the outputs."""
     perceptual_net: str = ""
@@ -452,7 +451,9 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def find_targets(target: Path | None, paths: Sequence[Path]) -> dict[Path, Path]:
+def find_targets(
+    target: epath.Path | None, paths: Sequence[epath.Path]
+) -> dict[epath.Path, epath.Path]:
     """The picture wanted of each picture.
 
     Raises:
@@ -472,7 +473,7 @@ def find_targets(target: Path | None, paths: Sequence[Path]) -> dict[Path, Path]
     return {path: by_stem[path.stem] for path in paths}
 
 
-def read_target(options: Options, path: Path, encoder: Encoder | None):
+def read_target(options: Options, path: epath.Path, encoder: Encoder | None):
     """A picture wanted [256, 256, 3], or None if it cannot be used.
 
     Photos are aligned like those that go in; what belongs to drawings and label maps
@@ -556,8 +557,8 @@ def check(options: Options) -> None:
             f"--eyes and --mouth are for one photo, but {options.photo} is a folder; "
             "use --landmarks FOLDER"
         )
-    suffix = Path(options.out).suffix.lower()
-    if suffix in images.SUFFIXES and not Path(options.out).is_dir():
+    suffix = epath.Path(options.out).suffix.lower()
+    if suffix in images.SUFFIXES and not epath.Path(options.out).is_dir():
         raise UserError(
             f"--out is {options.out}; it must be a folder, or an .npz file for the "
             "codes, with the pictures beside it"
@@ -616,7 +617,7 @@ class Job(NamedTuple):
     params: Params
     encoder: Encoder | None
     changes: edits.Changes
-    targets: dict[Path, Path]
+    targets: dict[epath.Path, epath.Path]
     judges: dict[str, Any]
 
 

@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -41,6 +40,7 @@ from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
 from jaxstyle.invert import Search, invert
 from jaxstyle.masks import parse_mask
 from jaxstyle.options import parse
+from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator, Params, interpolate_features
 
 CROP_SIZE = 256
@@ -52,7 +52,7 @@ class Options:
     """Options of jaxstyle.stylize."""
 
     photo: Annotated[
-        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")
+        epath.Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")
     ] = None
     """A photo, or a folder of photos; --overview needs none."""
     weights: tuple[str, ...] = ()
@@ -172,7 +172,7 @@ def load_styles(
             index = known.index(chosen) if chosen in known else int(chosen or 0)
             styles.append(
                 Style(
-                    name=known[index] if known else Path(name).name,
+                    name=known[index] if known else epath.Path(name).name,
                     generator=generator,
                     params=params,
                     base=bases[base_name][1],
@@ -205,7 +205,7 @@ def dual_styles(
         print(f"exemplars of {name}: {kind} codes", flush=True)
     return [
         Style(
-            name=f"{Path(name).name}-{label}",
+            name=f"{epath.Path(name).name}-{label}",
             generator=generator,
             params=params,
             base=params,
@@ -424,7 +424,7 @@ def chosen_styles(options: Options, names: Sequence[str]) -> list[Style]:
 
 
 def draw(
-    options: Options, styles: Sequence[Style], photo: Path, name: str, face: Any
+    options: Options, styles: Sequence[Style], photo: epath.Path, name: str, face: Any
 ) -> Any:
     """Stylise one photo and write all its files; returns the path of the main one.
 
@@ -574,12 +574,12 @@ def check(options: Options) -> None:
         )
     if not is_file(options.out):
         return
-    if options.photo.is_dir():
+    if place(options.photo).is_dir():
         raise UserError(
             f"--out is {options.out}, one file, but {options.photo} is a folder of "
             "photos; give --out a folder"
         )
-    if Path(options.out).absolute() == options.photo.absolute():
+    if epath.Path(options.out).resolve() == options.photo.resolve():
         raise UserError(f"--out is {options.out}, the photo itself; name another file")
 
 

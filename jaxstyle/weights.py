@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxstyle.errors import UserError, one_line
+from jaxstyle.paths import is_remote, place
 
 FORMAT_VERSION = 1
 ASSETS = Path(__file__).parent / "assets"
@@ -131,7 +132,7 @@ def resolve(name_or_path: str | os.PathLike) -> Any:
       UserError: nothing there; the message lists the names that ship with us.
     """
     text = os.fspath(name_or_path)
-    path = epath.Path(text)
+    path = place(text)
     is_network = (path / "config.json").exists()
     if "/" not in text and not is_network and (ASSETS / text).is_dir():
         return epath.Path(ASSETS / text)
@@ -231,6 +232,9 @@ def save(
 ) -> None:
     """Write a network folder, whole or not at all.
 
+    A bucket has no renaming: there `config.json`, without which nothing is a network,
+    is written last.
+
     Args:
       path: the folder; its parent is made.
       networks: modules by name.
@@ -242,7 +246,8 @@ def save(
     Raises:
       UserError: the folder exists, or the parameters do not fit the networks.
     """
-    path = Path(path).absolute()
+    path = place(path)
+    path = path if is_remote(path) else path.resolve()
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; choose another folder or delete it")
     params = {name: params[name] for name in networks}
@@ -253,17 +258,25 @@ def save(
         floating = jnp.issubdtype(x.dtype, jnp.floating)
         return x.astype(dtype) if dtype and floating else x
 
+    def write(folder):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(folder / "params", jax.tree.map(stored, params))
+        text = json.dumps(config_dict(networks, metadata), indent=2)
+        (folder / "config.json").write_text(text + "\n")
+
+    if is_remote(path):
+        if path.exists():
+            path.rmtree()
+        write(path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "params", jax.tree.map(stored, params))
+        write(temporary)
         # Orbax looks for this mark on object stores; it names the temporary folder.
         mark = temporary / "params" / "commit_success.txt"
         if mark.exists():
             mark.write_text("committed\n")
-        text = json.dumps(config_dict(networks, metadata), indent=2)
-        (temporary / "config.json").write_text(text + "\n")
         os.chmod(temporary, 0o755)
         if path.exists():
             shutil.rmtree(path)

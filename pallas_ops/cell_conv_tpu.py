@@ -67,6 +67,14 @@ def _sloped(cells: Array, sign: Array) -> Array:
     return cells * jnp.where(sign >= 0, 1.0, SLOPE)
 
 
+def _compiler_params(rows: str) -> pltpu.CompilerParams:
+    """Those of a grid of outputs, pictures and rows, which chips of two cores share."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", rows),
+        vmem_limit_bytes=VMEM_BYTES,
+    )
+
+
 def _write_operands(operands, x, scale, *, sided, split, sign=None):
     """Fill the scratch [operands, block + 2, rows, width, channels] that is multiplied.
 
@@ -320,7 +328,7 @@ def convolve(
         scratch_shapes=[
             pltpu.VMEM((operands, block + 2, rows_in, width, depth), x.dtype)
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=_compiler_params("parallel"),
         interpret=interpret,
         name="cell_conv",
     )(*(array for array, _ in inputs.values()))
@@ -436,7 +444,7 @@ def weight_gradient(
             jax.ShapeDtypeStruct((batch, 2, outputs), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((operands, block + 2, 1, width, depth), x.dtype)],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=_compiler_params("arbitrary"),
         interpret=interpret,
         name="cell_weight_gradient",
     )(*(array for array, _ in inputs.values()))

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_ops.cells import LANES, Geometry
+
+# Chips of two cores share the grid.
+PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
 
 
 def _shape(geometry: Geometry) -> tuple[int, ...]:
@@ -77,6 +81,7 @@ def cell_weight(weight: Array, geometry: Geometry, dtype, interpret=False) -> Ar
         in_specs=[_tile(3, 3, swapped=geometry.adjoint)],
         out_specs=_tile(*lead, inside),
         out_shape=jax.ShapeDtypeStruct((count, *lead, inside, depth, width), dtype),
+        compiler_params=PARALLEL,
         interpret=interpret,
         name="cell_weight",
     )(weight)
@@ -114,6 +119,7 @@ def pixel_weight(cells: Array, geometry: Geometry, interpret=False) -> Array:
         in_specs=[_tile(*lead)],
         out_specs=_tile(3, 3),
         out_shape=jax.ShapeDtypeStruct((count, 3, 3, depth, width), jnp.float32),
+        compiler_params=PARALLEL,
         interpret=interpret,
         name="pixel_weight",
     )(cells)

@@ -153,7 +153,6 @@ def test_psp_equals_the_original(tmp_path):
     check_psp(tmp_path, 8, legacy=False)
 
 
-@pytest.mark.slow
 def test_e4e_equals_the_original(tmp_path):
     check_e4e(tmp_path, 8, legacy=True)
 

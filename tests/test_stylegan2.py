@@ -114,7 +114,6 @@ def test_generator_equals_the_original(converted, size):
     compare_picture(data, "img_noise", given)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_generator_gradients(converted, size):
     networks, params = converted(size)

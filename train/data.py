@@ -13,18 +13,19 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import grain
 import numpy as np
 import tyro
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
 from jaxstyle.errors import UserError
 from jaxstyle.images import image_files, open_image, open_labels, to_array
+from jaxstyle.paths import is_remote, place
 from train.sharding import process_rows
 
 # How far to look for a readable picture after a broken one.
@@ -68,13 +69,18 @@ class Folder(Sequence):
 
     def stamp(self) -> str:
         """Names and sizes of the files."""
-        return " ".join(f"{f.name} {f.stat().st_size}" for f in self.files)
+        return " ".join(f"{f.name} {f.stat().length}" for f in self.files)
 
 
 class ArrayFile(Sequence):
     """A `.npy` file of uint8 pictures [n, height, width, 3], memory-mapped."""
 
     def __init__(self, path: str):
+        if is_remote(path):
+            raise UserError(
+                f"--data {path}: a .npy file is mapped into memory and must be on this "
+                "machine; name a folder of pictures, or one from train.prepare"
+            )
         try:
             self.array, self.path = np.load(path, mmap_mode="r"), path
         except (OSError, ValueError) as error:
@@ -194,9 +200,9 @@ def _tfds_builder(data: str, folder: str) -> tuple[Any, str, str]:
     return builder, f"--data tfds:{name}", ":".join(split) or "train"
 
 
-def _prepared_folder(data: str) -> Path | None:
+def _prepared_folder(data: str) -> epath.Path | None:
     """Where in the folder `data` is the set that `train.prepare` wrote, if any."""
-    found = sorted(Path(data).glob("*/*/dataset_info.json"))
+    found = sorted(place(data).glob("*/*/dataset_info.json"))
     return found[-1].parent if found else None
 
 
@@ -290,7 +296,7 @@ def open_pairs(
             if "source" in target.features:
                 return Pairs(TfdsPictures(data, tfds_folder, "source"), target)
         return Pairs(target, target)
-    if not isinstance(target, Folder) or not Path(source).is_dir():
+    if not isinstance(target, Folder) or not place(source).is_dir():
         return Pairs(open_pictures(source, tfds_folder), target)
     inputs = Folder(source, labels)
     by_stem = {file.stem: file for file in inputs.files}

@@ -41,12 +41,13 @@ the portraits'.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 
 from jaxstyle import images, losses, weights
@@ -54,6 +55,7 @@ from jaxstyle.dualstylegan import to_w_plus
 from jaxstyle.errors import UserError, cli
 from jaxstyle.exemplars import Exemplars
 from jaxstyle.features import judges
+from jaxstyle.paths import place
 from train import data, dual_steps, loop, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out
 from train.dual_steps import Adversarial, AdversarialOptions, Codes, Rows, Setup
@@ -124,7 +126,7 @@ class Portraits(Sequence):
       least: the sequence repeats until it is this long.
     """
 
-    def __init__(self, files: Sequence[Path], size: int, least: int = 1):
+    def __init__(self, files: Sequence[epath.Path], size: int, least: int = 1):
         self.files, self.size = list(files), size
         self.repeats = -(-least // len(self.files))
         self.kept: dict[int, np.ndarray] = {}
@@ -150,7 +152,7 @@ class Portraits(Sequence):
 
     def stamp(self) -> str:
         """Names and sizes of the files."""
-        return " ".join(f"{f.name} {f.stat().st_size}" for f in self.files)
+        return " ".join(f"{f.name} {f.stat().length}" for f in self.files)
 
 
 def open_portraits(
@@ -161,7 +163,7 @@ def open_portraits(
     Raises:
       UserError: some have none.
     """
-    files = [Path(folder) / name for name in names]
+    files = [place(folder) / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise UserError(

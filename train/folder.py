@@ -15,6 +15,7 @@ from etils import epath
 
 from jaxstyle import weights
 from jaxstyle.errors import UserError
+from jaxstyle.paths import place
 from train import processes
 from train.cli import FREE
 from train.log import write_json
@@ -46,16 +47,10 @@ def check_folder(
       UserError: the folder belongs to a run of other options, naming them; it holds
         checkpoints, but nothing says whose they are.
     """
-    path = epath.Path(options.run.out) / "options.json"
-    try:
-        # A run that ended before its first checkpoint leaves nothing to protect.
-        if not weights.checkpoint_steps(path.parent):
-            return None
-    except ImportError as error:
-        raise UserError(
-            f"--out {options.run.out} needs an extra: pip install 'jaxstyle[gcs]' "
-            f"({error})"
-        ) from None
+    path = place(options.run.out) / "options.json"
+    # A run that ended before its first checkpoint leaves nothing to protect.
+    if not weights.checkpoint_steps(path.parent):
+        return None
     try:
         old = json.loads(path.read_text())
     except (FileNotFoundError, ValueError) as error:

@@ -28,7 +28,6 @@ One reference on many chips: `--mixes` random mixes of it a step are split over 
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -47,6 +46,7 @@ from jaxstyle.features.lpips import feature_distance
 from jaxstyle.images import image_files
 from jaxstyle.invert import for_lpips
 from jaxstyle.masks import parse_mask, preserve_color_mask
+from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator, style_vectors
 from train import optim, references, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out, working
@@ -65,7 +65,7 @@ NOT_TRAINED = ("mapping/", "noise_const/", "w_avg")
 class Options:
     """Options of train.jojo; the defaults are the published ones."""
 
-    ref: tuple[Path, ...]
+    ref: tuple[epath.Path, ...]
     """The reference picture, or several, or a folder of them."""
     weights: str = weights.DEFAULT
     """Base networks: a name we ship, a converted folder, or a run."""
@@ -537,7 +537,7 @@ def resolve(options: Options) -> Options:
     Raises:
       UserError: values that cannot be.
     """
-    paths = [image_files(p) if p.is_dir() else [p] for p in options.ref]
+    paths = [image_files(p) if place(p).is_dir() else [p] for p in options.ref]
     options = dataclasses.replace(options, ref=tuple(p for part in paths for p in part))
     for path in options.ref:
         if not path.is_file():
@@ -597,7 +597,7 @@ def write_styles(
     folder: Any,
     state: TrainState,
     first: int,
-    styles: Mapping[str, Path],
+    styles: Mapping[str, epath.Path],
     networks: Any,
     base: str,
 ) -> None:
@@ -622,7 +622,7 @@ def write_styles(
 
 def learn(
     options: Options,
-    styles: Mapping[Path, str],
+    styles: Mapping[epath.Path, str],
     mesh: Any,
     generator: Generator,
     base: Any,

@@ -40,6 +40,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
+from etils import epath
 from jax import Array
 
 from convert.clip import load_clip
@@ -98,7 +99,7 @@ class Options:
     """What the generator draws now, in a word or a few: photo, dog, human."""
     target: str = ""
     """What it is to draw: sketch, "Mona Lisa painting"."""
-    ref: tuple[Path, ...] = ()
+    ref: tuple[epath.Path, ...] = ()
     """Pictures of the target instead of texts: about three, not aligned."""
     preset: Literal[tuple(PRESETS)] | None = None
     """Source, target and settings for a known change; flags of your own win."""

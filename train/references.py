@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ PULL = 0.05
 BATCH = 4
 
 
-def digest(paths: Sequence[Path]) -> str:
+def digest(paths: Sequence[epath.Path]) -> str:
     """Sixteen hex digits that change when any file does."""
     sha = hashlib.sha256()
     for path in paths:

@@ -38,6 +38,7 @@ import tyro
 from jaxstyle import refine, weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.exemplars import Exemplars
+from jaxstyle.paths import place
 from train import portraits, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out, working
 from train.dual_steps import z_plus_encoder
@@ -144,7 +145,7 @@ def search(options: Options, mesh: Any) -> None:
     sharding.check_batch(run.batch, mesh)
     style, params, metadata = load(options)
     table, module = params["exemplars"], style["exemplars"]
-    files = [Path(options.data) / name for name in module.names]
+    files = [place(options.data) / name for name in module.names]
     if missing := [f.name for f in files if not f.is_file()]:
         raise UserError(
             f"--data {options.data} has no picture for {len(missing)} of the "

@@ -78,7 +78,6 @@ def test_arcface_equals_the_original(tmp_path, pair):
     assert not outside.any()
 
 
-@pytest.mark.slow
 def test_moco_equals_the_original(tmp_path, pair):
     x, v = pair
     trunk = filled_state_dict("moco_resnet50")

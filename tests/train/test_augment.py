@@ -112,7 +112,6 @@ def test_unknown_variant():
         augment.draw_affine(jax.random.key(0), 0.5, 64, "nvidia")
 
 
-@pytest.mark.slow
 def test_gradients_of_any_order(images):
     """R1 differentiates D of augmented pictures twice."""
     small = images[:1, ::4, ::4]

@@ -3,10 +3,15 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 import jaxstyle
+from jaxstyle import images, stylize
+from jaxstyle.errors import UserError
+from tests import small_models
 from tests.train import many
+from train import data, jojo
 
 gcsfs = pytest.importorskip("gcsfs", reason="needs the extra: jaxstyle[gcs]")
 emulator = pytest.importorskip(
@@ -89,3 +94,34 @@ def test_damaged_checkpoint_on_a_bucket(bucket):
     text = train(out, 6)[0]
     assert "going on from step 2" in text and "at step 2 of 6" in text
     assert "checkpoints/6/params/manifest.ocdbt" in files(out)
+
+
+def test_pictures_and_networks_on_a_bucket(bucket, tmp_path):
+    """JoJoGAN reads reference and weights there, and `stylize` photo and style."""
+    base = small_models.save_base(f"{bucket}/base")
+    assert "config.json" in files(base)
+    with pytest.raises(UserError, match="exists already"):
+        small_models.save_base(f"{bucket}/base")
+    picture = np.random.default_rng(0).uniform(-1, 1, (24, 24, 3))
+    for name in ("art/b.png", "art/a.png", "me.png"):
+        images.save_image(f"{bucket}/{name}", picture)
+    source = data.open_source(f"{bucket}/art", 16)
+    assert [source.name(i) for i in range(2)] == [
+        f"{bucket}/art/a.png",
+        f"{bucket}/art/b.png",
+    ]
+    assert source[1].shape == (16, 16, 3)
+    out = f"{bucket}/style"
+    jojo.main(
+        ["--ref", f"{bucket}/art/a.png", "--weights", base, "--out", out]
+        + "--steps 1 --inversion mean --perceptual discriminator --no-align".split()
+    )
+    assert "references/codes.npz" in files(out)
+    arguments = [f"{bucket}/me.png", "--weights", out, "--no-align", "--steps", "1"]
+    stylize.main([*arguments, "--out", f"{bucket}/drawn"])
+    assert files(f"{bucket}/drawn") == ["me.png"]
+
+
+def test_arrays_on_a_bucket_are_refused(bucket):
+    with pytest.raises(UserError, match="must be on this machine"):
+        data.open_pictures(f"{bucket}/heads.npy")

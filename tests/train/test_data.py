@@ -164,7 +164,6 @@ def test_broken_input_of_a_pair_is_named(folder, tmp_path, capsys):
     there.close()
 
 
-@pytest.mark.slow
 def test_resumed_run_sees_the_same_pictures(tmp_path, monkeypatch):
     folder, seen, following = tmp_path / "pictures", [], data.Batches.__next__
     folder.mkdir()

@@ -122,7 +122,6 @@ def parity(original, run, steps):
     return generator, current, data
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("original", [64], indirect=True)
 def test_discriminator_features_equal_the_original(original):
     size, networks, params = original
@@ -282,7 +281,6 @@ def test_styles_side_by_side_learn_what_each_would_alone():
     assert float(jnp.abs(weight[0] - weight[1]).max()) > 1e-3
 
 
-@pytest.mark.slow
 def test_only_what_draws_the_picture_trains():
     before = GENERATOR.init_params(key=jax.random.key(1))
     state, _ = small_run(steps=2)

@@ -108,7 +108,6 @@ def test_resumed_run_is_bit_identical(tmp_path, stop):
     assert lines(tmp_path / "whole") == lines(out)
 
 
-@pytest.mark.slow
 def test_resume_on_another_mesh(tmp_path):
     whole = toy.run(toy.options(tmp_path / "whole"), mesh_of(8))
     out = tmp_path / "parts"

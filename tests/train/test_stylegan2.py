@@ -21,6 +21,7 @@ from tests.train.test_loop import assert_same, lines, mesh_of
 from train import augment, sharding, stylegan2
 from train.cli import RunOptions
 
+SIZES = [64, pytest.param(256, marks=pytest.mark.slow)]
 SMALL = "--size 8 --channels 8 8 --mapping-depth 2 --w-dim 16 --batch 8"
 
 
@@ -104,8 +105,7 @@ def check_norms(data, prefix, state_dict, bound):
     assert relative_error(norms, data[f"{prefix}_norm"]) < bound
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("size", SIZES)
 def test_path_length_equals_the_original(quick_compile, converted, size):
     data, (modules, params) = golden(f"stylegan2_adv_{size}"), converted(size)
     generator = modules["generator"]
@@ -132,8 +132,7 @@ def test_path_length_equals_the_original(quick_compile, converted, size):
     assert relative_error(value, data["pl_penalty2"]) < 6e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("size", SIZES)
 def test_r1_equals_the_original(quick_compile, converted, size):
     data, (modules, params) = golden(f"stylegan2_d_{size}"), converted(size)
     discriminator, count = modules["discriminator"], int(data["r1_batch"])
@@ -152,7 +151,6 @@ def test_r1_equals_the_original(quick_compile, converted, size):
     check_norms(data, "r1_grad", state, 2e-3)
 
 
-@pytest.mark.slow
 def test_iteration_equals_the_original(quick_compile, converted):
     data, (modules, params) = golden("stylegan2_adv_64"), converted(64)
     options = stylegan2.Options(data="", run=RunOptions(batch=int(data["it_batch"])))
@@ -294,7 +292,6 @@ def device_errors(options, modules, state, entries, real):
     return errors
 
 
-@pytest.mark.slow
 def test_first_steps_agree_on_one_and_eight_devices(quick_compile):
     real = np.random.default_rng(1).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
     errors = device_errors(*small(size=16, channels=(8, 8, 8)), real)
