@@ -48,9 +48,9 @@ from jaxstyle.invert import for_lpips
 from jaxstyle.masks import parse_mask, preserve_color_mask
 from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator, style_vectors
-from train import optim, references, sharding
+from train import optim, references, sharding, styles
 from train.cli import RunOptions, Shared, parse, start, with_out, working
-from train.loop import check_folder, fit, keep
+from train.loop import check_folder, fit
 from train.state import TrainState, create_state
 
 # Places of the published taps among the discriminator's blocks, as far as they exist.
@@ -286,17 +286,15 @@ def make_step(
             count = len(options.ref)
             keys = sharding.sample_keys(state.key, count)
             shared = {n: x for n, x in frozen.items() if n not in PER_STYLE}
-            after, opt_after, metrics = side_by_side(one)(
+            after, opt_after, metrics = styles.side_by_side(one)(
                 params, opt_state, frozen["reference"], keys, state.step, shared
             )
             if options.patience:
-                learns = state.extra["idle"] < options.patience
-                params, opt_state = jax.tree.map(
-                    lambda new, old: jnp.where(on_each(learns, new), new, old),
-                    (after, opt_after),
-                    (params, opt_state),
+                (params, opt_state), learns = styles.held(
+                    state, options.patience, (after, opt_after), (params, opt_state)
                 )
-                state = state.replace(extra=progress(state, metrics["loss"], learns))
+                extra = styles.progress(state, metrics["loss"], learns)
+                state = state.replace(extra=extra)
                 metrics |= {"learns": learns.astype(jnp.float32)}
             else:
                 params, opt_state = after, opt_after
@@ -310,43 +308,6 @@ def make_step(
         return state, metrics
 
     return step
-
-
-def side_by_side(one: Any) -> Any:
-    """The update of one style for many, each device doing its own styles alone.
-
-    Left to itself the compiler merges styles and channels of a convolution, and gathers
-    what it cannot split then.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    many = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
-    if mesh.empty or mesh.shape["style"] == 1:
-        return many
-    return jax.shard_map(
-        many,
-        in_specs=(P("style"),) * 4 + (P(), P()),
-        out_specs=P("style"),
-        axis_names={"style"},
-        check_vma=False,
-    )
-
-
-def on_each(flags: Array, leaf: Array) -> Array:
-    """Flags [styles] in the shape of a leaf [styles, ...], for a choice between two."""
-    return flags.reshape(flags.shape + (1,) * (leaf.ndim - 1))
-
-
-def progress(state: TrainState, loss: Array, learns: Array) -> dict[str, Array]:
-    """Averages of the losses [styles], the lowest, and steps since, for --patience."""
-    extra = state.extra
-    mean = jnp.where(state.step == 0, loss, 0.9 * extra["mean"] + 0.1 * loss)
-    falls = mean < extra["lowest"]
-    idle = jnp.where(falls, 0, extra["idle"] + 1)
-    return {
-        "mean": mean,
-        "lowest": jnp.minimum(mean, extra["lowest"]),
-        "idle": jnp.where(learns, idle, extra["idle"]),
-    }
 
 
 def names(options: Options) -> list[str]:
@@ -458,17 +419,11 @@ def frozen_of(
 
 def start_state(options: Options, base: Any, tx: Any) -> TrainState:
     """A copy of the base to train, or one a style."""
-    trained = base
+    trained, extra = base, {}
     if options.separate:
         count = len(options.ref)
-        trained = jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), base)
-    extra = {}
-    if options.separate and options.patience:
-        extra = {
-            "mean": jnp.zeros(count),
-            "lowest": jnp.full(count, jnp.inf),
-            "idle": jnp.zeros(count, jnp.int32),
-        }
+        trained = styles.copies(base, count)
+        extra = styles.start_progress(count) if options.patience else {}
     state = create_state(
         {"generator": trained}, {}, key=jax.random.key(options.run.seed), extra=extra
     )
@@ -593,36 +548,9 @@ def groups(options: Options) -> list[tuple[Options, int]]:
     return parts
 
 
-def write_styles(
-    folder: Any,
-    state: TrainState,
-    first: int,
-    styles: Mapping[str, epath.Path],
-    networks: Any,
-    base: str,
-) -> None:
-    """A folder for each style, `folder/NAME`, which loads like a run of its own.
-
-    Args:
-      folder: for all of them.
-      state: parameters with a leading style axis.
-      first: where on that axis to begin.
-      styles: reference by name, in the order of that axis.
-      networks: modules by name.
-      base: the weights they began with.
-    """
-    params = state.params["generator"]
-    where = sharding.replicated(jax.tree.leaves(params)[0].sharding.mesh)
-    pick = jax.jit(lambda p, i: jax.tree.map(lambda x: x[i], p), out_shardings=where)
-    for i, (name, path) in enumerate(styles.items()):
-        one = state.replace(params={"generator": pick(params, first + i)})
-        metadata = {"scheme": "jojo", "base": base, "references": [str(path)]}
-        keep(folder / name, one, {}, networks, metadata)
-
-
 def learn(
     options: Options,
-    styles: Mapping[epath.Path, str],
+    style_names: Mapping[epath.Path, str],
     mesh: Any,
     generator: Generator,
     base: Any,
@@ -633,7 +561,7 @@ def learn(
 
     Args:
       options: with the references of this run.
-      styles: name of each reference.
+      style_names: of each reference.
       mesh: of the run.
       generator: the architecture.
       base: its parameters before training.
@@ -647,7 +575,7 @@ def learn(
         "references": [str(p) for p in options.ref],
     }
     if options.separate:
-        metadata["styles"] = [styles[path] for path in options.ref]
+        metadata["styles"] = [style_names[path] for path in options.ref]
     identity = {"reference": references.digest(options.ref)} | digests
     check_folder(options, metadata, identity)
     pictures, codes = references.prepare(options, generator, base)
@@ -701,17 +629,22 @@ def main(args: list[str] | None = None) -> None:
         "weights": weights.digest(params),
         "judges": weights.digest([judge[1], identity[1]]),
     }
-    styles = dict(zip(options.ref, names(options), strict=True))
+    style_names = dict(zip(options.ref, names(options), strict=True))
     folder = epath.Path(options.run.out) / "styles"
     for part, known in groups(options):
         judges_of = (*judge, *identity)
-        state = learn(part, styles, mesh, generator, base, judges_of, digests)
+        state = learn(part, style_names, mesh, generator, base, judges_of, digests)
         if options.separate:
-            new = {styles[path]: path for path in part.ref[known:]}
-            made = {"generator": generator}
-            write_styles(folder, state, known, new, made, options.weights)
+            base_of = {"scheme": "jojo", "base": options.weights}
+            new = {
+                style_names[path]: base_of | {"references": [str(path)]}
+                for path in part.ref[known:]
+            }
+            styles.write(folder, state, known, new, {"generator": generator})
     if jax.process_index() == 0:
-        which = folder / styles[options.ref[0]] if options.separate else options.run.out
+        which = options.run.out
+        if options.separate:
+            which = folder / style_names[options.ref[0]]
         print(f"now: python -m jaxstyle.stylize me.jpg --weights {which}")
 
 

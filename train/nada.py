@@ -29,9 +29,13 @@ and people in the lower one should stay themselves. If all become one, stop earl
 
 On many chips the batch is split over the `data` axis; CLIP and both generators are on
 all. The published batch is 2, with no rule for other rates at larger ones: nor have we.
+Several texts are learned side by side, a style each, with no collective in the step:
+
+    python -m train.nada --source photo --target sketch "Mona Lisa painting" anime
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,17 +43,20 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from etils import epath
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from convert.clip import load_clip
 from jaxstyle import images, weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features.clip import Resize
 from jaxstyle.features.clip_text import Judge
+from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator
-from train import nada_layers, nada_losses, optim, references, sharding
+from train import nada_layers, nada_losses, optim, references, sharding, styles
 from train.cli import RunOptions, Shared, parse, start, with_out, working
 from train.loop import check_folder, fit
 from train.nada_losses import Terms
@@ -65,25 +72,25 @@ PICTURE_STEPS = 500
 # Texts after the paper's figures; settings as published for the kind of change: style
 # 200-400 steps with all layers, identity 150-200, shape with a choice of layers.
 PRESETS: dict[str, dict[str, Any]] = {
-    "sketch": {"source": "photo", "target": "sketch", "steps": 300},
-    "pixar": {"source": "photo", "target": "3d render in the style of Pixar"},
-    "disney": {"source": "human", "target": "Disney princess"},
-    "mona-lisa": {"source": "photo", "target": "Mona Lisa painting", "steps": 200},
-    "modigliani": {"source": "photo", "target": "Amedeo Modigliani painting"},
-    "picasso": {"source": "photo", "target": "cubism painting by Pablo Picasso"},
-    "botero": {"source": "photo", "target": "Fernando Botero painting"},
-    "elf": {"source": "human", "target": "Tolkien elf", "steps": 200},
-    "werewolf": {"source": "human", "target": "werewolf", "improve_shape": True},
-    "zombie": {"source": "human", "target": "zombie", "improve_shape": True},
+    "sketch": {"source": "photo", "target": ("sketch",), "steps": 300},
+    "pixar": {"source": "photo", "target": ("3d render in the style of Pixar",)},
+    "disney": {"source": "human", "target": ("Disney princess",)},
+    "mona-lisa": {"source": "photo", "target": ("Mona Lisa painting",), "steps": 200},
+    "modigliani": {"source": "photo", "target": ("Amedeo Modigliani painting",)},
+    "picasso": {"source": "photo", "target": ("cubism painting by Pablo Picasso",)},
+    "botero": {"source": "photo", "target": ("Fernando Botero painting",)},
+    "elf": {"source": "human", "target": ("Tolkien elf",), "steps": 200},
+    "werewolf": {"source": "human", "target": ("werewolf",), "improve_shape": True},
+    "zombie": {"source": "human", "target": ("zombie",), "improve_shape": True},
     "ghost-car": {
         "source": "car",
-        "target": "ghost car",
+        "target": ("ghost car",),
         "steps": 450,
         "clip": ("ViT-B/32", "ViT-B/16"),
     },
     "dog-to-cat": {
         "source": "dog",
-        "target": "cat",
+        "target": ("cat",),
         "steps": 1000,
         "choose_steps": 1,
         "choose": 3,
@@ -97,8 +104,9 @@ class Options:
 
     source: str = ""
     """What the generator draws now, in a word or a few: photo, dog, human."""
-    target: str = ""
-    """What it is to draw: sketch, "Mona Lisa painting"."""
+    target: tuple[str, ...] = ()
+    """What it is to draw: sketch, "Mona Lisa painting". Several become a style each,
+    side by side over the axis `style`, and a folder OUT/styles/NAME each."""
     ref: tuple[epath.Path, ...] = ()
     """Pictures of the target instead of texts: about three, not aligned."""
     preset: Literal[tuple(PRESETS)] | None = None
@@ -169,6 +177,9 @@ class Options:
     this; 0: never."""
     stop_diversity: float = 0.0
     """Stop when `val_diversity` falls below this; 0: never."""
+    patience: int = 0
+    """Several targets: a style learns no longer once its loss, averaged over about ten
+    steps, has not fallen for so many; 0: all learn to the end."""
     run: Shared = RunOptions(
         steps=300, batch=2, log_every=10, sample_every=50, save_every=50, keep=0
     )
@@ -320,18 +331,17 @@ def make_step(options: Options, generator: Generator, modules: Sequence[Any], tx
     }
     size, phase = generator.size, nada_layers.phase_mask(generator.size, options.phase)
 
-    def step(state: TrainState, frozen: Any, _: Any) -> tuple[TrainState, dict]:
-        params, opt_state = state.params["generator"], state.opt_state["generator"]
-        synthesis = params["synthesis"]
+    def one(params, opt_state, anchors, key, number, frozen):
+        synthesis, frozen = params["synthesis"], {**frozen, "anchors": anchors}
 
         def keys(i, batch=options.run.batch):
-            return sharding.sample_keys(jax.random.fold_in(state.key, i), batch)
+            return sharding.sample_keys(jax.random.fold_in(key, i), batch)
 
         active, metrics = phase, {}
         if options.choose_steps:
             count = options.choose_batch
             z = sharding.sample_normal(
-                jax.random.fold_in(state.key, 0), count, generator.z_dim
+                jax.random.fold_in(key, 0), count, generator.z_dim
             )
             w = generator.apply({"params": frozen["base"]}, z, method="mapping")
             scores = choice(synthesis, frozen, w, key=keys(1, count), **shared)
@@ -339,12 +349,12 @@ def make_step(options: Options, generator: Generator, modules: Sequence[Any], tx
                 size, scores, options.choose, options.layer_map
             )
         before, after = mixed_codes(
-            options, generator, frozen["base"], jax.random.fold_in(state.key, 2)
+            options, generator, frozen["base"], jax.random.fold_in(key, 2)
         )
         source_keys, target_keys = keys(3), keys(4)
         if options.noise == "shared":
             # In the first step equal noise would make equal pictures: no direction.
-            target_keys = jnp.where(state.step == 0, target_keys, source_keys)
+            target_keys = jnp.where(number == 0, target_keys, source_keys)
         source, _ = generator.apply(
             {"params": frozen["base"]},
             before,
@@ -358,7 +368,7 @@ def make_step(options: Options, generator: Generator, modules: Sequence[Any], tx
             jax.lax.stop_gradient(source),
             after,
             key=target_keys,
-            patch_key=jax.random.fold_in(state.key, 5),
+            patch_key=jax.random.fold_in(key, 5),
             **shared,
         )
         synthesis, opt_state = optim.apply(
@@ -367,13 +377,34 @@ def make_step(options: Options, generator: Generator, modules: Sequence[Any], tx
         metrics = {"loss": loss} | terms
         if options.choose_steps:
             metrics |= {f"trains/{n}": x for n, x in active.items() if n != "const"}
+        return {**params, "synthesis": synthesis}, opt_state, metrics
+
+    def step(state: TrainState, frozen: Any, _: Any) -> tuple[TrainState, dict]:
+        before = state.params["generator"], state.opt_state["generator"]
+        # Equal draws: what is the same for all styles is computed once, and each learns
+        # what it would alone.
+        update = styles.side_by_side(one, own_draws=False) if many(options) else one
+        shared = {name: frozen[name] for name in ("base", "clip")}
+        *after, metrics = update(
+            *before, frozen["anchors"], state.key, state.step, shared
+        )
+        if options.patience:
+            after, learns = styles.held(state, options.patience, tuple(after), before)
+            extra = styles.progress(state, metrics["loss"], learns)
+            state = state.replace(extra=extra)
+            metrics |= {"learns": learns.astype(jnp.float32)}
+        params, opt_state = after
         state = state.replace(
-            params={"generator": {**params, "synthesis": synthesis}},
-            opt_state={"generator": opt_state},
+            params={"generator": params}, opt_state={"generator": opt_state}
         )
         return state, metrics
 
     return step
+
+
+def many(options: Options) -> bool:
+    """Whether several styles are learned side by side."""
+    return len(options.target) > 1
 
 
 def optimizer(options: Options) -> Any:
@@ -383,9 +414,14 @@ def optimizer(options: Options) -> Any:
 
 def start_state(options: Options, base: Any, tx: Any) -> TrainState:
     """A copy of the base whose synthesis network trains."""
+    trained, extra, init = base, {}, tx.init
+    if many(options):
+        count = len(options.target)
+        trained, init = styles.copies(base, count), jax.vmap(tx.init)
+        extra = styles.start_progress(count) if options.patience else {}
     key = jax.random.key(options.run.seed)
-    state = create_state({"generator": base}, {}, key=key)
-    return state.replace(opt_state={"generator": tx.init(base["synthesis"])})
+    state = create_state({"generator": trained}, {}, key=key, extra=extra)
+    return state.replace(opt_state={"generator": init(trained["synthesis"])})
 
 
 def frozen_of(
@@ -408,13 +444,25 @@ def frozen_of(
 def anchors_of(
     options: Options, generator: Generator, base: Any, judge: Judge
 ) -> dict[str, Array]:
-    """Directions and texts for one CLIP model; see `nada_losses`."""
-    found = {}
+    """Directions and texts for one CLIP model; see `nada_losses`.
+
+    Of several targets, with a leading axis of styles.
+    """
+    found: dict[str, Array] = {}
     if options.source:
-        parts = bool(options.terms.lambda_patch)
-        found = nada_losses.anchors(
-            judge, options.source, options.target, parts, options.templates
-        )
+        each = [
+            nada_losses.anchors(
+                judge,
+                options.source,
+                target,
+                bool(options.terms.lambda_patch),
+                options.templates,
+            )
+            for target in options.target
+        ]
+        found = jax.tree.map(lambda *x: jnp.stack(x), *each)
+        if not many(options):
+            found = jax.tree.map(lambda x: x[0], found)
     if not options.ref:
         return found
     module, vision = judge.module, {"vision": judge.params["vision"]}
@@ -434,14 +482,18 @@ def anchors_of(
 
 
 def make_sample(options: Options, generator: Generator):
-    """Fixed codes: the frozen generator's pictures above, the learning one's below."""
+    """Fixed codes: the frozen generator's pictures above, the learning ones' below."""
 
     def sample(state: TrainState, frozen: Any) -> Array:
+        learning = [state.params["generator"]]
+        if many(options):
+            shown = range(min(GRID, len(options.target)))
+            learning = [jax.tree.map(lambda x, i=i: x[i], *learning) for i in shown]
         rows = [
             generator.apply(
                 {"params": params}, frozen["z"][:GRID], psi=options.sample_psi
             )[0]
-            for params in (frozen["base"], state.params["generator"])
+            for params in (frozen["base"], *learning)
         ]
         return jnp.stack(rows)
 
@@ -452,7 +504,8 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
     """The loss on fixed codes, and how different from each other their pictures are.
 
     `val_loss` chooses the best state; `val_diversity` is a share of the base's, and
-    falls when all pictures become one.
+    falls when all pictures become one. Of several styles, means, and beside them the
+    values of each.
     """
 
     def embeddings(clip, pictures):
@@ -467,8 +520,8 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
         sums = [jnp.sum(jnp.square(jnp.sum(x, 0))) for x in seen]
         return sum(1 - (x - count) / (count * (count - 1)) for x in sums)
 
-    @jax.jit
-    def measure(params, frozen):
+    def measure(params, anchors, frozen):
+        frozen = {**frozen, "anchors": anchors}
         z = frozen["z"][: options.validate_count]
         apply = partial(generator.apply, psi=options.sample_psi)
         source, out = apply({"params": frozen["base"]}, z)
@@ -495,15 +548,37 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
             values["val_score"] = jnp.mean(jnp.stack(scores))
         return values
 
+    over = (0, 0, None)
+    measured = jax.jit(jax.vmap(measure, over) if many(options) else measure)
+
     def validate(state: TrainState, frozen: Any) -> dict[str, float]:
-        values = measure(state.params["generator"], frozen)
-        values = {name: float(value) for name, value in values.items()}
-        score = options.stop_score and values["val_score"] >= options.stop_score
-        return values | {
-            "finished": score or values["val_diversity"] < options.stop_diversity
-        }
+        params, anchors = state.params["generator"], frozen["anchors"]
+        found = jax.device_get(measured(params, anchors, frozen))
+        values = {name: float(np.mean(value)) for name, value in found.items()}
+        stops = found["val_diversity"] < options.stop_diversity
+        if options.stop_score:
+            stops |= found["val_score"] >= options.stop_score
+        if many(options):
+            values |= {
+                f"{name}/{style}": float(value)
+                for name, each in found.items()
+                for style, value in zip(style_names(options), each, strict=True)
+            }
+        return values | {"finished": bool(np.all(stops))}
 
     return validate
+
+
+def style_names(options: Options) -> list[str]:
+    """A name for each target, for its folder."""
+    return [re.sub(r"[^\w-]+", "-", target).strip("-") for target in options.target]
+
+
+def sharding_rules(options: Options) -> tuple:
+    """The usual layouts; with several targets, everything of a style over `style`."""
+    if not many(options):
+        return sharding.RULES
+    return (r"^(step|key|frozen/(base|clip|z))", P()), (r"", P("style"))
 
 
 def read(args: list[str] | None) -> Options:
@@ -599,12 +674,41 @@ def resolve(options: Options, size: int) -> Options:
                 f"--{name.replace('_', '-')} has {len(given)} entries for "
                 f"{len(options.clip)} CLIP models; give one each"
             )
+    check_targets(options)
     for path in options.ref:
-        if not path.is_file():
+        if not place(path).is_file():
             raise UserError(f"--ref {path} is not a file; give a picture")
     named = [p.stem for p in options.ref[:3]]
-    texts = [options.source, options.target] if not named else named
+    texts = [options.source, *options.target[:3]] if not named else named
     return with_out(options, "nada-" + "-".join(texts))
+
+
+def check_targets(options: Options) -> None:
+    """Refuse several targets that cannot be learned side by side.
+
+    Raises:
+      UserError: naming the option.
+    """
+    count, chips = len(options.target), options.run.mesh_style
+    if many(options) and options.ref:
+        raise UserError(
+            "--ref is where one style goes; give it without several --target"
+        )
+    if options.patience and not many(options):
+        raise UserError(
+            "--patience is for several --target; --validate-every with --stop-score or "
+            "--stop-diversity ends a single one"
+        )
+    if chips > 1 and count % chips:
+        raise UserError(
+            f"{count} --target do not divide over --mesh-style {chips}; give a "
+            "multiple of it, or another mesh"
+        )
+    names = style_names(options)
+    if alike := sorted({n for n in names if names.count(n) > 1 or not n}):
+        raise UserError(
+            f"--target has several for one folder {alike}; give each its own words"
+        )
 
 
 def load_judges(options: Options) -> list[Judge]:
@@ -636,7 +740,7 @@ def main(args: list[str] | None = None) -> None:
         "scheme": "nada",
         "base": options.weights,
         "source": options.source,
-        "target": options.target,
+        "target": ", ".join(options.target),
         "references": [str(p) for p in options.ref],
         "clip": list(options.clip),
     }
@@ -644,6 +748,8 @@ def main(args: list[str] | None = None) -> None:
         f"clip_{i}": weights.digest(judge.params["vision"])
         for i, judge in enumerate(judges)
     }
+    if many(options):
+        metadata["styles"] = style_names(options)
     if options.ref:
         identity["reference"] = references.digest(options.ref)
     check_folder(options, metadata, identity)
@@ -652,7 +758,7 @@ def main(args: list[str] | None = None) -> None:
     # Text towers and whatever else was loaded are not to stay in the device's memory.
     del judges, params
     tx = optimizer(options)
-    fit(
+    state = fit(
         options,
         start_state(options, base, tx),
         frozen,
@@ -663,13 +769,23 @@ def main(args: list[str] | None = None) -> None:
         metadata=metadata,
         identity=identity,
         sample=make_sample(options, generator),
+        rules=sharding_rules(options),
         validate=(
             options.validate_every,
             make_validate(options, generator, modules),
         ),
     )
+    which = options.run.out
+    if many(options):
+        folder, names = epath.Path(options.run.out) / "styles", metadata.pop("styles")
+        each = {
+            name: metadata | {"target": target}
+            for name, target in zip(names, options.target, strict=True)
+        }
+        styles.write(folder, state, 0, each, {"generator": generator})
+        which = folder / names[0]
     if jax.process_index() == 0:
-        print(f"now: python -m jaxstyle.stylize me.jpg --weights {options.run.out}")
+        print(f"now: python -m jaxstyle.stylize me.jpg --weights {which}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A class such as `photo` or `sketch` is put into 79 templates (those that OpenAI
 published for ImageNet, but one) whose embeddings are averaged, and for the patch loss
 into 15 names of parts before that.
 
-    python -m train.nada_text --clip ViT-B/32 --source photo --target sketch texts.npz
+    python -m train.nada_text texts.npz --clip ViT-B/32 --source photo --target sketch
 
 writes what a run of `train.nada` with that source and target needs, for hosts without
 a text tower or a tokenizer: `train.nada --text-embeddings texts.npz`. One file a CLIP
@@ -180,8 +180,8 @@ class Options:
     """CLIP model: a file or folder, a name (ViT-B/32), a hub id in the local cache."""
     source: str = ""
     """Class that the generator draws now, e.g. photo."""
-    target: str = ""
-    """Class it is to draw, e.g. sketch."""
+    target: tuple[str, ...] = ()
+    """Classes it is to draw, e.g. sketch."""
     text: tuple[str, ...] = ()
     """Further sentences."""
     parts: bool = False
@@ -216,7 +216,8 @@ def main(args: list[str] | None = None) -> None:
     texts = list(options.text)
     if options.source:
         templates = templates_of(judge, options.templates)
-        texts += needed(options.source, options.target, options.parts, templates)
+        for target in options.target:
+            texts += needed(options.source, target, options.parts, templates)
     save_texts(out, judge, texts)
     print(f"wrote {len(dict.fromkeys(texts))} texts to {out}")
 

@@ -110,7 +110,11 @@ def test_layers(name, topology):
     """Forward and backward of every layer of the 1024 px generator fit the chip."""
     layer, args = layer_of(name, 2)
     program = compiled(gradients(layer), args, mesh_of(topology, data=1)).as_text()
-    assert program.count("tpu_custom_call") == 3
+    kind, size = name.split("_")
+    # The convolution, its gradient and the weight's; the 36 taps of an up-convolution,
+    # where there are many channels, by one kernel more for each.
+    sums_taps = kind == "up" and TABLE[int(size)] >= 128
+    assert program.count("tpu_custom_call") == (6 if sums_taps else 3)
 
 
 @pytest.mark.parametrize("name", ["conv_1024", "up_64"])

@@ -28,7 +28,7 @@ from tests.filled import (
     relative_error,
 )
 from tests.train.test_psp import quick_compile
-from train import fits, jojo, loop, optim, references, sharding
+from train import fits, jojo, loop, optim, references, sharding, styles
 from train.cli import RunOptions
 from train.sharding import make_mesh
 from train.state import create_state
@@ -478,7 +478,7 @@ def test_a_style_that_falls_no_more_stops():
         },
     ).replace(step=jnp.asarray(9))
     learns = jnp.array([False, True])
-    after = jojo.progress(idle, jnp.array([0.0, 1.0]), learns)
+    after = styles.progress(idle, jnp.array([0.0, 1.0]), learns)
     # What has stopped stays so, whatever its loss does; the other falls.
     assert after["idle"].tolist() == [4, 0]
     np.testing.assert_allclose(after["mean"], [0.9, 1.0])

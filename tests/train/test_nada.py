@@ -66,7 +66,7 @@ def loaded(state):
 
 
 def scheme(**values):
-    return nada.Options(source="photo", target="sketch", clip=("tiny",), **values)
+    return nada.Options(source="photo", target=("sketch",), clip=("tiny",), **values)
 
 
 def frozen(base):
@@ -259,6 +259,14 @@ def base(tmp_path_factory):
     return folder, save_base(folder / "base")
 
 
+@pytest.fixture
+def quick_compile():
+    """Compiling is nearly all of the time at these sizes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def command(base, out, *flags):
     folder, generator = base
     main = ["--weights", generator, "--clip", str(folder / "clip"), "--out", str(out)]
@@ -365,6 +373,10 @@ MISTAKES = {
     "needed beside --ref": ["--ref", "x.png", "--lambda-global", "1"],
     "2 entries for 1": ["--preset", "sketch", "--clip-weights", "1", "2"],
     "is not a file": ["--ref", "absent.png"],
+    "where one style goes": ["--source", "a", "--target", "b", "c", "--ref", "x.png"],
+    "--patience is for several": ["--preset", "sketch", "--patience", "9"],
+    "do not divide over": "--source a --target b c d --mesh-style 2".split(),
+    "several for one folder ['b']": ["--source", "a", "--target", "b", "b "],
 }
 
 
@@ -383,7 +395,7 @@ def test_presets_and_shape():
         assert options.target == preset["target"]
         assert options.run.steps == preset.get("steps", 300)
     options = nada.read(["--preset", "sketch", "--target", "pencil drawing"])
-    assert options.target == "pencil drawing"
+    assert options.target == ("pencil drawing",)
     own = ["--weights", "weights/ffhq"]
     options = nada.resolve(nada.read([*own, "--preset", "werewolf"]), 1024)
     assert (options.choose_steps, options.choose, options.mixing) == (1, 12, 0.9)
@@ -449,3 +461,28 @@ def test_shared_noise_makes_equal_pictures_but_in_the_first_step(base):
     _, later = step(state.replace(step=jnp.array(1)), given, {})
     # Rounding is all that is left of the difference.
     assert abs(float(later["loss"]) - 1) < 1e-3 < abs(float(first["loss"]) - 1)
+
+
+@pytest.mark.slow
+def test_texts_side_by_side_learn_what_each_would_alone(base, tmp_path, quick_compile):
+    targets = ["sketch", "a dog"]
+    flags = ["--source", "photo", "--choose-steps", "1", "--batch", "2"]
+    spread = ["--mesh-style", "2", "--mesh-data", "1", "--target", *targets]
+    together = command(base, tmp_path / "both", *flags, *spread)
+    for target, name in zip(targets, ("sketch", "a-dog"), strict=True):
+        out = tmp_path / name
+        alone = command(base, out, *flags, "--mesh-data", "1", "--target", target)
+        for both, one in zip(together, alone, strict=True):
+            np.testing.assert_allclose(both[f"loss/{name}"], one["loss"], rtol=1e-4)
+        value = together[-1][f"val_score/{name}"]
+        np.testing.assert_allclose(value, alone[-1]["val_score"], rtol=1e-4)
+        style = tmp_path / "both" / "styles" / name
+        assert weights.read_config(style)["metadata"]["target"] == target
+        for found in (style, tmp_path / "both"):
+            which = {} if found == style else {"style": name}
+            (_, a), (_, b) = weights.load(found, **which), weights.load(out)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
+                a["generator"],
+                b["generator"],
+            )
