@@ -18,7 +18,6 @@ is there.
 """
 
 import argparse
-import base64
 import contextlib
 import itertools
 import json
@@ -149,18 +148,6 @@ def read_kernel(folder: Path, name: str) -> Kernel:
     return Kernel(turns, bundles, max(rows.values(), default=0), spills)
 
 
-def kernel_body(config: str) -> str:
-    """A kernel's code in its `backend_config`, without the places that call it."""
-    from jaxlib.mlir import ir
-    from jaxlib.mosaic.python import tpu
-
-    code = base64.b64decode(json.loads(config)["custom_call_config"]["body"])
-    with ir.Context() as context, ir.Location.unknown():
-        tpu.register_dialect(context)
-        context.allow_unregistered_dialects = True
-        return str(ir.Module.parse(code))
-
-
 def bytes_of(shapes: str) -> int:
     """Bytes of the arrays in a piece of a program's text."""
     total = 0
@@ -195,8 +182,7 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
         return array(same[name]) if name in same else name
 
     # A kernel that is called twice is compiled once, under one of the names.
-    configs = re.findall(rf"%([\w.-]+) = .*?{KERNEL}.*?backend_config=(.*)", entry)
-    body = {name: kernel_body(config) for name, config in configs}
+    body = dict(re.findall(rf"%([\w.-]+) = .*?{KERNEL}.*?backend_config=(.*)", entry))
     twins: dict[str, list[str]] = {}
     for name, text in body.items():
         twins.setdefault(text, []).append(name)

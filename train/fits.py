@@ -355,6 +355,8 @@ def main(args: list[str] | None = None) -> None:
         for name, usual in ("style", 1), ("data", 0), ("fsdp", 1), ("space", 1):
             axes.add_argument(f"--mesh-{name}", type=int, default=usual)
         sizes = vars(axes.parse_known_args(rest)[0]).values()
+        # Before the compiler is loaded: it reads once where to leave its files.
+        dump_folder()
         mesh = mesh_for(chosen.topology, *sizes)
         if chosen.find_batch and "--separate" in rest:
             find_batch(scheme, rest, "--group", mesh.shape["style"])

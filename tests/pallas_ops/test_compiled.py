@@ -29,13 +29,17 @@ LAYERS = [n for n in noise_names(1024) if int(n.split("_")[1]) >= 32]
 
 @pytest.fixture(scope="module", autouse=True)
 def no_metadata_server():
-    """There is no machine to ask for the topology."""
+    """There is no machine to ask for the topology, nor one to load cached programs."""
+    never = 1e9
+    usual = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", never)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
 
 
 def mesh_of(topology, **axes):

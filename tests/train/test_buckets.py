@@ -1,7 +1,9 @@
 """Runs on a bucket: `gs://` against an emulator, where one is installed."""
 
+import collections
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -32,6 +34,11 @@ def bucket():
         patch.setenv("STORAGE_EMULATOR_HOST", server.url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        # It stops when the pipe it logs to is full.
+        log = server._process.stderr
+        threading.Thread(target=collections.deque, args=(log, 0), daemon=True).start()
+        # gcsfs would ask Google what kind of bucket this is, again and again.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         gcsfs.GCSFileSystem(token="anon", endpoint_url=server.url).mkdir("bucket")
         yield "gs://bucket"
 

@@ -106,3 +106,4 @@ def test_jojo(capsys):
             check=True,
         ).stdout
         assert "of 16 GiB a chip, fits" in out and expected in out
+        assert " ms by the compiler's estimate" in out
