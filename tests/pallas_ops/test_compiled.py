@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,16 +31,16 @@ LAYERS = [n for n in noise_names(1024) if int(n.split("_")[1]) >= 32]
 @pytest.fixture(scope="module", autouse=True)
 def no_metadata_server():
     """There is no machine to ask for the topology, nor one to load cached programs."""
-    never = 1e9
-    usual = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", never)
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def mesh_of(topology, **axes):
