@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxstyle.stylegan2 import channel_table, noise_names
-from pallas_ops import modulated_conv2d, output_packing
+from pallas_ops import activated_conv2d, modulated_conv2d, output_packing
 from pallas_ops.cells import packing_of
 
 pytestmark = [
@@ -120,6 +120,32 @@ def test_layers(name, topology):
     # where there are many channels, by one kernel more for each.
     sums_taps = kind == "up" and TABLE[int(size)] >= 128
     assert program.count("tpu_custom_call") == (6 if sums_taps else 3)
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("k", [1, 3], ids=["skip", "down"])
+@pytest.mark.parametrize("size", [1024, 512, 256, 128, 64])
+def test_discriminator_layers(size, k, topology):
+    """Forward and backward of its blur and strided convolutions."""
+    channels, outputs = TABLE[size], TABLE[size // 2]
+    packing = packing_of(channels)
+    shape = 2, size, size // packing, packing * channels
+    weight = k, k, channels, outputs
+    options = {"down": True, "implementation": "pallas"}
+    after = output_packing(shape, weight, packing=packing, **options)
+
+    def scalar(x, weight, bias):
+        y = activated_conv2d(x, weight, bias, packing=(packing, after), **options)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct(weight, jnp.float32),
+        jax.ShapeDtypeStruct((outputs,), jnp.float32),
+    ]
+    both = jax.value_and_grad(scalar, range(3))
+    program = compiled(both, args, mesh_of(topology, data=1)).as_text()
+    assert program.count("tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize("name", ["conv_1024", "up_64"])
