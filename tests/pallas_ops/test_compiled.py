@@ -132,9 +132,9 @@ def test_discriminator_layers(size, k, topology):
     shape = 2, size, size // packing, packing * channels
     weight = k, k, channels, outputs
     options = {"down": True, "implementation": "pallas"}
-    after = output_packing(shape, weight, packing=packing, **options)
 
     def scalar(x, weight, bias):
+        after = output_packing(x.shape, weight.shape, packing=packing, **options)
         y = activated_conv2d(x, weight, bias, packing=(packing, after), **options)
         return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
