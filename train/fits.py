@@ -146,8 +146,7 @@ def report(
     if batch:
         sharding.check_batch(run.batch, mesh)
     print(f"{run.compile_for}: {sharding.describe(mesh.shape)}")
-    layout = sharding.shardings(state, mesh, rules)
-    frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
+    layout, frozen_layout = sharding.layouts(state, frozen, mesh, rules)
     rows = {n: sharding.batch_sharding(mesh, x.ndim) for n, x in batch.items()}
     parts = {
         "parameters": bytes_a_chip(

@@ -381,8 +381,8 @@ def frozen_of(
       codes: theirs, [refs, num_layers, w_dim].
       identity_params: of the identity network, for `--id-lambda`.
     """
-    features = jax.jit(lambda p, x: describe(options, judge, p, x))(
-        judge_params, pictures
+    features = styles.a_few_at_a_time(
+        partial(describe, options, judge), judge_params, pictures, references.BATCH
     )
     reference = {"codes": codes, "features": features}
     key = jax.random.key(options.run.seed)
@@ -392,7 +392,6 @@ def frozen_of(
     if options.separate:
         reference = jax.tree.map(lambda x: x[:, None], reference)
 
-    @jax.jit
     def preview(base, codes, z):
         apply = partial(generator.apply, {"params": base})
         inverted, _ = apply(codes, space="w_layers")
@@ -580,14 +579,17 @@ def learn(
     check_folder(options, metadata, identity)
     pictures, codes = references.prepare(options, generator, base)
     tx = optim.frozen(optim.adam(options.lr), NOT_TRAINED)
-    judge_arguments = judge, judge_params, pictures, codes, identity_params
 
-    def make():
-        frozen = frozen_of(options, generator, base, *judge_arguments)
+    def make(base, *arrays):
+        frozen = frozen_of(options, generator, base, judge, *arrays)
         return start_state(options, base, tx), frozen
 
-    # Styles for a pod need not fit on the machine that asks whether they would.
-    state, frozen = jax.eval_shape(make) if options.run.compile_for else make()
+    arrays = base, judge_params, pictures, codes, identity_params
+    rules = sharding_rules(options)
+    if options.run.compile_for:
+        state, frozen = jax.eval_shape(make, *arrays)
+    else:
+        state, frozen = sharding.built(make, mesh, rules, *arrays)
     layers = keep_weights(options, generator.size)
     return fit(
         options,
@@ -600,7 +602,7 @@ def learn(
         metadata=metadata,
         identity=identity,
         sample=make_sample(options, generator),
-        rules=sharding_rules(options),
+        rules=rules,
     )
 
 

@@ -57,7 +57,7 @@ def fit(
 
     Args:
       options: the scheme's options; `options.run` is a RunOptions with `out` set.
-      state: a fresh state; its values are replaced when the run resumes.
+      state: a fresh state, used up; its values are replaced when the run resumes.
       frozen: parameters that only judge or anchor, by name; an argument of every
         step, laid out like parameters, never saved.
       schedule: entries (every, step), run in order in the iterations that `every`
@@ -106,10 +106,9 @@ def fit(
         every = [interval for interval, _ in schedule]
         raise fits.Compiled(fits.report(run, entry, state, frozen, every, batch, rules))
     with open_folder(options, networks, metadata, identity) as folder:
-        layout = sharding.shardings(state, mesh, rules)
-        state = sharding.place(state, layout)
         frozen = dict(frozen)
-        frozen_layout = sharding.shardings({"frozen": frozen}, mesh, rules)["frozen"]
+        layout, frozen_layout = sharding.layouts(state, frozen, mesh, rules)
+        state = sharding.place(state, layout)
         frozen = sharding.place(frozen, frozen_layout)
         checkpoints = Checkpoints(folder / "checkpoints", run.keep)
         latest: dict[str, float] = {}

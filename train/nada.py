@@ -758,9 +758,18 @@ def main(args: list[str] | None = None) -> None:
     # Text towers and whatever else was loaded are not to stay in the device's memory.
     del judges, params
     tx = optimizer(options)
+    rules = sharding_rules(options)
+
+    def make(base, frozen):
+        return start_state(options, base, tx), frozen
+
+    if options.run.compile_for:
+        state = jax.eval_shape(make, base, frozen)[0]
+    else:
+        state, frozen = sharding.built(make, mesh, rules, base, frozen)
     state = fit(
         options,
-        start_state(options, base, tx),
+        state,
         frozen,
         [(1, make_step(options, generator, modules, tx))],
         None,
@@ -769,7 +778,7 @@ def main(args: list[str] | None = None) -> None:
         metadata=metadata,
         identity=identity,
         sample=make_sample(options, generator),
-        rules=sharding_rules(options),
+        rules=rules,
         validate=(
             options.validate_every,
             make_validate(options, generator, modules),

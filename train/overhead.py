@@ -64,8 +64,7 @@ def setup(options: Options) -> tuple[jojo.Options, Any, Any, Any, Generator]:
 
 def bare(state: Any, frozen: Any, step: Any, mesh: Any, steps: int) -> float:
     """Seconds an iteration of the compiled step alone."""
-    layout = sharding.shardings(state, mesh)
-    of_frozen = sharding.shardings({"frozen": frozen}, mesh)["frozen"]
+    layout, of_frozen = sharding.layouts(state, frozen, mesh)
     state, frozen = sharding.place(state, layout), sharding.place(frozen, of_frozen)
     with jax.set_mesh(mesh):
         entry = loop._jit(step, 0, layout, of_frozen, mesh)

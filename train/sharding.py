@@ -11,7 +11,7 @@ The mesh has four axes, each of size 1 unless asked for:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -152,14 +152,52 @@ def _places(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
     return int(np.prod([mesh.shape[name] for name in names]))
 
 
-def place(tree: Any, targets: Any) -> Any:
-    """Copies of a tree's arrays, laid out as `targets` says, on every process.
+def layouts(
+    state: Any, frozen: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
+) -> tuple[Any, Any]:
+    """Shardings of a run's state and of its frozen networks and data."""
+    found = shardings({"frozen": frozen}, mesh, rules)["frozen"]
+    return shardings(state, mesh, rules), found
 
-    The values must be equal on all processes; each makes only its own parts. Nothing
-    is shared with the argument, so the result may be donated.
+
+def built(
+    make: Callable[..., tuple[Any, Any]],
+    mesh: Mesh,
+    rules: Sequence[tuple[str, P]],
+    *args: Any,
+) -> tuple[Any, Any]:
+    """A run's state and frozen data, each device making only what it will hold.
+
+    Many styles, each with parameters of its own, do not fit on a single device first.
+
+    Args:
+      make: a pure function of `args`, giving both.
+      mesh, rules: of the run.
+      args: trees of arrays, equal on all processes.
+    """
+    args = place(args, jax.tree.map(lambda _: replicated(mesh), args))
+
+    def fresh(*args):
+        state, frozen = make(*args)
+        # The state is donated to the first step; the arguments must outlive it.
+        return jax.tree.map(jnp.copy, state), frozen
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(fresh, *args)
+        where = layouts(*shapes, mesh, rules)
+        return jax.jit(fresh, out_shardings=where)(*args)
+
+
+def place(tree: Any, targets: Any) -> Any:
+    """A tree's arrays, laid out as `targets` says, on every process.
+
+    The values must be equal on all processes; each makes only its own parts. What lies
+    so on this mesh is taken as it is. All else is copied, and may be donated.
     """
 
     def put(leaf: Any, target: NamedSharding) -> Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == target:
+            return leaf
         if isinstance(leaf, jax.Array) and jnp.issubdtype(
             leaf.dtype, jax.dtypes.prng_key
         ):

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -40,6 +41,37 @@ def side_by_side(one: Any, *, own_draws: bool = True) -> Any:
         axis_names={"style"},
         check_vma=False,
     )
+
+
+def a_few_at_a_time(function: Any, params: Any, pictures: Array, count: int) -> Any:
+    """A function (parameters, pictures) of many pictures, each device on its styles'.
+
+    Args:
+      function: its results have the pictures as their first axis.
+      params: of it.
+      pictures: [styles, ...].
+      count: pictures that a device takes at a time.
+    """
+
+    def own(params, pictures):
+        total = len(pictures)
+        size = min(count, total)
+        turns = -(-total // size)
+        rows = np.minimum(np.arange(turns * size), total - 1)
+        parts = pictures[rows].reshape(turns, size, *pictures.shape[1:])
+        found = jax.lax.map(lambda part: function(params, part), parts)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], found)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["style"] == 1:
+        return own(params, pictures)
+    return jax.shard_map(
+        own,
+        in_specs=(P(), P("style")),
+        out_specs=P("style"),
+        axis_names={"style"},
+        check_vma=False,
+    )(params, pictures)
 
 
 def on_each(flags: Array, leaf: Array) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import convert
 from convert import pt
@@ -463,6 +466,48 @@ def test_styles_side_by_side_need_no_collective(quick_compile):
         args = fits.abstract(state, layout), fits.abstract(frozen, of_frozen), {}
         text = entry.lower(*args).compile().as_text()
     assert "convolution" in text or "dot" in text
+    assert not re.findall(fits.COLLECTIVES, text)
+
+
+def test_styles_begin_on_their_own_devices(quick_compile):
+    """Each device makes its styles and their features, and no other ever holds them."""
+    options = jojo.Options(ref=tuple(map(Path, "abcdefghij")), separate=True, mask=MASK)
+    base = GENERATOR.init_params(key=jax.random.key(1))
+    judge_params = JUDGE.init_params(key=jax.random.key(2))
+    pictures = jnp.tanh(jax.random.normal(jax.random.key(3), (10, 8, 8, 3)))
+    codes = jnp.zeros((10, len(GENERATOR.layer_names), 16))
+    tx = optimizer(options)
+
+    def make(base, judge_params, pictures):
+        arrays = base, JUDGE, judge_params, pictures, codes
+        frozen = jojo.frozen_of(options, GENERATOR, *arrays)
+        return jojo.start_state(options, base, tx), frozen
+
+    arrays = base, judge_params, pictures
+    mesh = make_mesh(style=2, devices=jax.devices()[:2])
+    rules = jojo.sharding_rules(options)
+    state, frozen = sharding.built(make, mesh, rules, *arrays)
+    layout, of_frozen = sharding.layouts(state, frozen, mesh, rules)
+    lies = jax.tree.map(lambda x, to: x.sharding == to, frozen, of_frozen)
+    assert all(jax.tree.leaves(lies))
+    split = [state.params, state.opt_state, frozen["reference"]]
+    for leaf in jax.tree.leaves(split):
+        assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [5, 5]
+    # The run takes them over: nobody holds a second copy.
+    taken = jax.tree.map(lambda a, b: a is b, sharding.place(state, layout), state)
+    assert all(jax.tree.leaves(taken))
+    whole = jojo.describe(options, JUDGE, judge_params, pictures)
+    for some, feature in zip(frozen["reference"]["features"], whole, strict=True):
+        np.testing.assert_allclose(some[:, 0], feature, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, frozen["judge"], judge_params)
+
+    def describe(params, pictures):
+        of = partial(jojo.describe, options, JUDGE)
+        return styles.a_few_at_a_time(of, params, pictures, 2)
+
+    with jax.set_mesh(mesh):
+        split = jax.device_put(pictures, NamedSharding(mesh, P("style")))
+        text = jax.jit(describe).lower(judge_params, split).compile().as_text()
     assert not re.findall(fits.COLLECTIVES, text)
 
 
