@@ -64,14 +64,20 @@ class Encoder(NamedTuple):
 _LABELS = ("labels", "celebs_seg_to_face")
 
 
-def load_encoder(path: str, generator: Generator) -> Encoder:
+def load_encoder(path: str, generator: Generator, network: str = "encoder") -> Encoder:
     """An encoder for a generator.
+
+    Args:
+      path: its folder.
+      generator: the architecture.
+      network: its name there: a converted DualStyleGAN style may hold a second one,
+        `encoder_w_plus`.
 
     Raises:
       UserError: no encoder there, or one of another number of rows or width.
     """
     model, params = weights.load(path)
-    encoder = model.encoder
+    encoder = model[network]
     if (encoder.num_styles, encoder.w_dim) != (generator.num_ws, generator.w_dim):
         raise UserError(
             f"encoder {path} gives {encoder.num_styles} codes of {encoder.w_dim}; the "
@@ -85,8 +91,10 @@ def load_encoder(path: str, generator: Generator) -> Encoder:
         inputs = "labels"
     else:
         inputs = "sketch" if encoder.in_channels == 1 else "photo"
-    space = "z_plus" if metadata.get("space") == "z_plus" else "w_plus"
-    return Encoder(encoder, params["encoder"], space, inputs, path)
+    # The metadata speak of the first.
+    z_plus = network == "encoder" and metadata.get("space") == "z_plus"
+    space = "z_plus" if z_plus else "w_plus"
+    return Encoder(encoder, params[network], space, inputs, path)
 
 
 @partial(jax.jit, static_argnames=("encoder", "generator", "space", "restyle"))

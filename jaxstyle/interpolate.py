@@ -135,7 +135,7 @@ def end_code(text: str, options: Options, style: Style) -> tuple[np.ndarray, str
         images.to_array(crop),
         style.generator,
         style.base,
-        encoder=choose_encoder(options.encoder, style.base_name),
+        encoder=choose_encoder(options.encoder, style.base_name, style.generator),
         search=dataclasses.replace(DEFAULT_SEARCH, steps=options.steps),
         seed=options.seed,
         cache=epath.Path(options.out).parent / epath.Path(text).stem,

@@ -35,6 +35,7 @@ from jax import Array
 from jaxstyle import dual_style, edits, images, pipeline, weights
 from jaxstyle.align import AlignOptions, paste_back, prepare
 from jaxstyle.cache import use_compilation_cache
+from jaxstyle.encoding import Encoder, load_encoder
 from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
 from jaxstyle.invert import Search, invert
@@ -82,7 +83,8 @@ class Options:
     seed: int = 0
     """Seed of random noise and of the inversion."""
     encoder: str = ""
-    """Finds the photo's code: an encoder's folder, or `optimize`, which needs none.
+    """Finds the photo's code: an encoder's folder, or `optimize`, which needs none, or
+    `w_plus`, the second encoder of a converted DualStyleGAN style (published: --wplus).
     Empty: the encoder stored with the base if there is one, else optimize."""
     psi: float = dual_style.PSI
     """Of a DualStyleGAN style: truncation of the photo's code, towards 0 as published;
@@ -318,8 +320,14 @@ def stylize(
     )
 
 
-def choose_encoder(encoder: str, base_name: str) -> str:
-    """The encoder to use: as given, or what the base offers."""
+def choose_encoder(encoder: str, base_name: str, generator: Generator) -> str | Encoder:
+    """The encoder to use: as given, or what the base offers.
+
+    Raises:
+      UserError: `w_plus`, and the base has none.
+    """
+    if encoder == "w_plus":
+        return load_encoder(base_name, generator, "encoder_w_plus")
     if encoder:
         return encoder
     has_one = "encoder" in weights.read_config(base_name)["networks"]
@@ -331,7 +339,7 @@ def photo_code(
     generator: Generator,
     params: Params,
     *,
-    encoder: str = "optimize",
+    encoder: str | Encoder = "optimize",
     search: Search = DEFAULT_SEARCH,
     seed: int = 0,
     cache: Any = None,
@@ -342,7 +350,7 @@ def photo_code(
       crop: [height, width, 3] in [-1, 1].
       generator: the architecture.
       params: of the base generator.
-      encoder: `optimize`, or an encoder's folder.
+      encoder: `optimize`, or an encoder or its folder.
       search: options of the optimisation.
       seed: of the optimisation.
       cache: start of the path of the code files, without `-<digest>.npz`; None keeps
@@ -354,8 +362,10 @@ def photo_code(
     sha = hashlib.sha256(crop.tobytes())
     how: Any = (dataclasses.asdict(search), seed)
     if encoder != "optimize":
-        config = weights.resolve(encoder) / "config.json"
-        how = (str(encoder), config.stat().mtime)
+        second = isinstance(encoder, Encoder)
+        where = encoder.where if second else encoder
+        config = weights.resolve(where) / "config.json"
+        how = (str(where), config.stat().mtime, *([encoder.space] if second else []))
     sha.update(repr((weights.digest(params), how)).encode())
     path = None
     if cache is not None:
@@ -465,7 +475,9 @@ def draw(
                 crop,
                 style.generator,
                 style.base,
-                encoder=choose_encoder(options.encoder, style.base_name),
+                encoder=choose_encoder(
+                    options.encoder, style.base_name, style.generator
+                ),
                 search=options.search,
                 seed=options.seed,
                 cache=stem.parent / name,
@@ -539,7 +551,7 @@ def draw_overview(options: Options, names: Sequence[str]) -> None:
             images.to_array(crop),
             generator,
             params,
-            encoder=choose_encoder(options.encoder, name),
+            encoder=choose_encoder(options.encoder, name, generator),
             search=options.search,
             seed=options.seed,
             cache=path.parent / options.photo.stem,

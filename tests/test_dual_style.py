@@ -118,6 +118,34 @@ def test_the_command_draws_an_exemplar(style, photo, tmp_path):
     np.testing.assert_array_equal(run(photo, *flags, 1, "--style-weights", rows), kept)
 
 
+def test_the_second_encoder_gives_w_plus(style, photo, tmp_path):
+    """`--encoder w_plus`, the published --wplus; its codes are kept apart."""
+    model, params = weights.load(style)
+    second = model.encoder.init_params(key=jax.random.key(7))
+    both = tmp_path / "both"
+    weights.save(
+        both,
+        {**model, "encoder_w_plus": model.encoder},
+        {**params, "encoder_w_plus": second},
+        metadata={"space": "z_plus"},
+    )
+    flags = ("--weights", both, "--style-id", 1)
+    first = run(photo, *flags)
+    assert np.abs(run(photo, *flags, "--encoder", "w_plus") - first).mean() > 1e-3
+    face = images.to_array(images.open_image(tmp_path / "me-face.png"))[None]
+    found = []
+    for network in ("encoder", "encoder_w_plus"):
+        encoder = load_encoder(str(both), model.generator, network)
+        found.append(
+            encode_pictures(encoder, model.generator, params["generator"], face)[0]
+        )
+    kept = [np.load(p)["w_plus"][0] for p in tmp_path.glob("me-*.npz")]
+    assert len(kept) == 2
+    for code in found:
+        # Coded at full precision there, from a picture of bytes here.
+        assert min(np.abs(code - k).mean() for k in kept) < 0.02 * np.abs(code).mean()
+
+
 def test_weights_0_are_the_inversion(style, photo):
     loaded = stylize.dual_styles(
         style, dual_style.DualOptions(style_id=("2",)), psi=1.0
@@ -334,6 +362,7 @@ def test_mistakes_of_ways(style, capsys, flags, message):
         (["--style-id", "1", "--layers", "structure"], "chosen with --style-weights"),
         (["--style", "none.png"], "none.png: no such picture"),
         (["--style", "me.png", "--refine", "-1"], "--refine is -1"),
+        (["--style-id", "1", "--encoder", "w_plus"], "hold no encoder_w_plus"),
     ],
 )
 def test_mistakes(style, photo, capsys, flags, message):
