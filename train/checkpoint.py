@@ -7,6 +7,7 @@ aside as `<step>.damaged`, and the run goes on from the one before.
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,18 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return not record.exc_info
 
 
-logging.getLogger("absl").addFilter(_without_traceback)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_without_traceback)
+
+
+def _unraisable(what: Any, shown: Any = sys.unraisablehook) -> None:
+    # One write has failed, and Orbax has closed the event loop that TensorStore's
+    # threads still tell of the others.
+    if str(what.exc_value) != "Event loop is closed":
+        shown(what)
+
+
+sys.unraisablehook = _unraisable
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_killed_twenty_times(tmp_path):
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert_same(whole, final_state(out))
-    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    names = sorted((p.name for p in (out / "checkpoints").iterdir()), key=int)
     assert names == [str(STEPS - 1), str(STEPS)]
     steps = [line for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == STEPS
