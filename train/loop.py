@@ -57,7 +57,8 @@ def fit(
 
     Args:
       options: the scheme's options; `options.run` is a RunOptions with `out` set.
-      state: a fresh state, used up; its values are replaced when the run resumes.
+      state: a fresh state, which shares no array with anything; its values are
+        replaced when the run resumes.
       frozen: parameters that only judge or anchor, by name; an argument of every
         step, laid out like parameters, never saved.
       schedule: entries (every, step), run in order in the iterations that `every`
@@ -108,8 +109,8 @@ def fit(
     with open_folder(options, networks, metadata, identity) as folder:
         frozen = dict(frozen)
         layout, frozen_layout = sharding.layouts(state, frozen, mesh, rules)
-        state = sharding.place(state, layout)
-        frozen = sharding.place(frozen, frozen_layout)
+        state = sharding.place(state, layout, take=True)
+        frozen = sharding.place(frozen, frozen_layout, take=True)
         checkpoints = Checkpoints(folder / "checkpoints", run.keep)
         latest: dict[str, float] = {}
         resumed = checkpoints.restore_newest(state)

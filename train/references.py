@@ -16,8 +16,6 @@ import numpy as np
 from etils import epath
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxstyle import invert
 from jaxstyle.align import prepare as prepare_picture
@@ -25,7 +23,7 @@ from jaxstyle.images import grid, save_image, to_array
 from jaxstyle.masks import named_masks, parse_mask
 from jaxstyle.pipeline import write_codes
 from jaxstyle.stylegan2 import Generator, style_rows
-from train import processes
+from train import processes, sharding
 
 # A tenth of a photo's: the reference teaches by what its code draws already.
 PULL = 0.05
@@ -113,13 +111,16 @@ def inverted(
     if not options.separate or len(devices) == 1:
         return jnp.asarray(invert_these(pictures)["w_plus"])
     # The devices of this process take a part each.
-    where = NamedSharding(Mesh(np.array(devices), ("style",)), P("style"))
+    mesh = sharding.make_mesh(devices=devices)
     codes, last = [], len(pictures) - 1
     each = len(devices) * min(BATCH, -(-len(pictures) // len(devices)))
-    for start in range(0, len(pictures), each):
-        rows = np.minimum(np.arange(start, start + each), last)
-        spread = jax.device_put(pictures[rows], where)
-        codes.append(invert_these(spread, batch=each)["w_plus"])
+    # The kernels split over the mesh in use.
+    with jax.set_mesh(mesh):
+        for start in range(0, len(pictures), each):
+            rows = np.minimum(np.arange(start, start + each), last)
+            where = sharding.batch_sharding(mesh, 1)
+            spread = jax.device_put(pictures[rows], where)
+            codes.append(invert_these(spread, batch=each)["w_plus"])
     return jnp.concatenate(codes)[: len(pictures)]
 
 

@@ -188,15 +188,16 @@ def built(
         return jax.jit(fresh, out_shardings=where)(*args)
 
 
-def place(tree: Any, targets: Any) -> Any:
-    """A tree's arrays, laid out as `targets` says, on every process.
+def place(tree: Any, targets: Any, *, take: bool = False) -> Any:
+    """Copies of a tree's arrays, laid out as `targets` says, on every process.
 
-    The values must be equal on all processes; each makes only its own parts. What lies
-    so on this mesh is taken as it is. All else is copied, and may be donated.
+    The values must be equal on all processes; each makes only its own parts. Nothing
+    is shared with the argument, so the result may be donated; but with `take` what lies
+    so already is taken as it is.
     """
 
     def put(leaf: Any, target: NamedSharding) -> Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding == target:
+        if take and isinstance(leaf, jax.Array) and leaf.sharding == target:
             return leaf
         if isinstance(leaf, jax.Array) and jnp.issubdtype(
             leaf.dtype, jax.dtypes.prng_key

@@ -1,6 +1,8 @@
 """Whether a run fits: what is read from a program, and one small run compiled."""
 
 import importlib.util
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,19 +93,25 @@ def test_no_compiler():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU, reason="needs libtpu: pip install 'jaxstyle[tpu]'")
-def test_jojo(capsys):
-    """The shipped model on four chips, and on one, which needs no collective."""
-    import subprocess
-    import sys
-
-    for data, expected in (4, "all-reduce"), (1, "collectives: none"):
-        out = subprocess.run(
-            [sys.executable, "-m", "train.fits", "jojo", "--topology", "v5e:2x2"]
-            + ["--mesh-data", str(data), "--mixes", "4", "--inversion", "mean"]
-            + ["--ref", "jaxstyle/assets/examples/cel.png"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        assert "of 16 GiB a chip, fits" in out and expected in out
-        assert " ms by the compiler's estimate" in out
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--mesh-data 4", "all-reduce"),
+        ("--mesh-data 1", "collectives: none"),
+        ("--mesh-data 1 --mesh-style 4 --separate", "collectives: none"),
+    ],
+)
+def test_jojo(flags, expected):
+    """The shipped model on one chip, on four, and four styles of which each has one."""
+    examples = [f"jaxstyle/assets/examples/{n}.png" for n in ("cel", "paint", "pencil")]
+    refs = [*examples, "jaxstyle/assets/examples/lorelei.png"]
+    out = subprocess.run(
+        [sys.executable, "-m", "train.fits", "jojo", "--topology", "v5e:2x2"]
+        + ["--mixes", "4", "--inversion", "mean", *flags.split(), "--no-align"]
+        + ["--ref", *(refs if "--separate" in flags else refs[:1])],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "of 16 GiB a chip, fits" in out and expected in out
+    assert " ms by the compiler's estimate" in out

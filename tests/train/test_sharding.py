@@ -113,10 +113,9 @@ def test_place_copies(key):
     tree["weight"][:] = 0
     np.testing.assert_array_equal(placed["weight"].ravel(), np.arange(32))
     assert jnp.array_equal(jax.random.key_data(placed["key"]), jax.random.key_data(key))
-    assert (
-        sharding.place(placed["weight"], placed["weight"].sharding)
-        is (placed["weight"])
-    )
+    weight = placed["weight"]
+    assert sharding.place(weight, weight.sharding, take=True) is weight
+    assert sharding.place(weight, weight.sharding) is not weight
 
 
 def test_global_batch_splits_samples_and_rows():
