@@ -223,12 +223,20 @@ def _over_mesh(run, x, weight, style, scale, noise, strength, bias):
     for name in axes:
         parts *= mesh.shape[name]
     args = x, weight, style, scale, noise, strength, bias
-    if not free or max(mesh.shape[n] for n in free) == 1:
+    if not free or mesh.size == 1:
         return run(*args)
     split = P(axes) if axes and x.shape[0] % parts == 0 else P()
     noise_split = split if noise is not None and noise.shape[0] > 1 else P()
     specs = split, P(), split, split, noise_split, P(), P()
-    return jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)(*args)
+    # Styles may be split by hand already; then the other axes must be too, even those
+    # of one place.
+    return jax.shard_map(
+        run,
+        in_specs=specs,
+        out_specs=split,
+        axis_names=set(free),
+        check_vma=False,
+    )(*args)
 
 
 def activated_conv2d(
