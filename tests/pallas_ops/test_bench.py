@@ -137,7 +137,12 @@ def test_targets():
     assert total(4, "forward")["ms"] <= 10
     both = total(4, "forward+backward")
     assert both["ms"] <= 35 and both["temp_bytes"] <= 4 * 2**30
-    # Of eight pictures XLA is faster in some layers; the page says which and why.
-    pairs = [(by_key.get((*k[:5], "xla")), r) for k, r in by_key.items() if k[2] <= 4]
+    pairs = [(by_key.get((*k[:5], "xla")), r) for k, r in by_key.items()]
     pairs = [(x, r) for x, r in pairs if x and r["implementation"] == "pallas"]
-    assert len(pairs) >= 72 and all(r["ms"] < x["ms"] for x, r in pairs)
+    slower = [r for x, r in pairs if r["ms"] >= x["ms"]]
+    # Only of eight pictures with the backward pass; the page says why.
+    where, layers = ("v5e:2x2", 1024, 8), ("up_32", "conv_32", "up_64", "conv_64")
+    known = {(*where, layer, "forward+backward") for layer in (*layers, "up_128")}
+    known.add(("v5e:2x2", 256, 8, "total", "forward+backward"))
+    assert len(pairs) >= 72
+    assert {tuple(r[k] for k in bench.KEYS[:5]) for r in slower} <= known
