@@ -23,7 +23,13 @@ from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
-from jaxstyle.stylize import CROP_SIZE, load_styles, photo_code, stylize
+from jaxstyle.stylize import (
+    CROP_SIZE,
+    choose_encoder,
+    load_styles,
+    photo_code,
+    stylize,
+)
 
 EXAMPLES = weights.ASSETS / "examples"
 PHOTO = EXAMPLES / "photo.jpg"
@@ -105,6 +111,7 @@ def main(args: list[str] | None = None) -> None:
         face,
         style.generator,
         style.base,
+        encoder=choose_encoder("", style.base_name, style.generator),
         seed=options.seed,
         cache=epath.Path(options.out) / photo.stem,
     )

@@ -389,6 +389,7 @@ def _init_params(encoder: nn.Module, heads: Mapping[str, Any], key: Array) -> di
 def _pyramid_params(encoder: nn.Module, key: Array) -> dict:
     channels, rows = encoder.channels, encoder.level_rows
     levels = len(rows) + 1
+    width = encoder.head_channels or encoder.w_dim
     last = encoder.size >> len(encoder.units)
     if levels > len(channels) or last < 2 or list(rows) != sorted(set(rows)):
         raise UserError(
@@ -409,12 +410,12 @@ def _pyramid_params(encoder: nn.Module, key: Array) -> dict:
     }
     for row in range(encoder.num_styles):
         spatial = last << level_of(row, rows)
-        widths = [channels[-1]] + [encoder.w_dim] * (spatial.bit_length() - 1)
+        widths = [channels[-1]] + [width] * (spatial.bit_length() - 1)
         head = {
             f"conv_{i}": layer(3, widths[i], widths[i + 1])
             for i in range(len(widths) - 1)
         }
-        head["dense"] = _equal_dense_shapes(encoder.w_dim, encoder.w_dim)
+        head["dense"] = _equal_dense_shapes(width, encoder.w_dim)
         heads[f"style_{row}"] = head
     return _init_params(encoder, heads, key)
 
@@ -447,6 +448,7 @@ class GradualStyleEncoder(nn.Module):
       se_ratio: squeeze of the channel attention.
       w_dim: width of a code.
       level_rows: first row that reads the pyramid's second (middle) map, third (fine).
+      head_channels: of the convolutions of each row's head; 0: w_dim, as published.
       start_from_w_avg: whether codes are offsets from `w_avg`.
       blocks: of the trunk: `ir_se`, or `resnet` as ReStyle's for things but faces.
       rows: first of the rows it sees, and the one after the last; empty: all. Pictures
@@ -462,6 +464,7 @@ class GradualStyleEncoder(nn.Module):
     se_ratio: int = 16
     w_dim: int = 512
     level_rows: tuple[int, ...] = (3, 7)
+    head_channels: int = 0
     start_from_w_avg: bool = True
     blocks: str = "ir_se"
     rows: tuple[int, ...] = ()
@@ -509,6 +512,7 @@ class Encoder4Editing(nn.Module):
     se_ratio: int = 16
     w_dim: int = 512
     level_rows: tuple[int, ...] = (3, 7)
+    head_channels: int = 0
     start_from_w_avg: bool = True
     blocks: str = "ir_se"
     rows: tuple[int, ...] = ()

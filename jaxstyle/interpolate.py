@@ -100,7 +100,7 @@ class Options:
     """Seed of random noise and of the inversion of photos."""
     encoder: str = ""
     """Finds a photo's code: an encoder's folder, or `optimize`, which needs none.
-    Empty: the encoder stored with the base if there is one, else optimize."""
+    Empty: the encoder stored with the base, or named by it, else optimize."""
     steps: int = DEFAULT_SEARCH.steps
     """Steps of that optimisation."""
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()

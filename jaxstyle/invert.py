@@ -16,9 +16,10 @@ pulls are measured in standard deviations of w, so the defaults fit any generato
   to w, for DualStyleGAN's exemplars.
 
 By an encoder (pSp, e4e): one pass, no steps; ReStyle's refine their code `--restyle`
-times. One of drawings or of label maps takes those instead of photos; `--factors 4 8`
-shows a photo made smaller to one of super-resolution. One of cars takes whole wide
-pictures, and so are the results.
+times, and with `--refine 50` a search of so many steps begins with the code. One of
+drawings or of label maps takes those instead of photos; `--factors 4 8` shows a photo
+made smaller to one of super-resolution. One of cars takes whole wide pictures, and so
+are the results.
 
     python -m jaxstyle.invert maps/ --encoder runs/seg --mix-rows fine --seeds 0-4
     python -m jaxstyle.invert me.jpg --encoder weights/e4e --edit age:+3 smile:-1
@@ -99,6 +100,8 @@ class Search:
 
 DEFAULT = Search()
 _NUMBERS = ("steps", "search_lr", "search_noise", "pull", "mse")
+# Share of the steps in which a single code moves, before its rows may leave it.
+ROWS_FROM = 1 / 3
 
 
 def statistics(generator: Generator, params: Params) -> tuple[Array, Array]:
@@ -183,7 +186,8 @@ def _step(point, moments, frozen, step, *, generator, judge, space):
 
     (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(point)
     if "rows" in point:
-        gradient["rows"] = jnp.where(done >= 1 / 3, gradient["rows"], 0.0)
+        moves = done >= search["rows_from"]
+        gradient["rows"] = jnp.where(moves, gradient["rows"], 0.0)
     moves, moments = optax.scale_by_adam().update(gradient, moments)
     rise = jnp.minimum(1.0, (done + 1 / search["steps"]) / 0.05)
     fall = 0.5 - 0.5 * jnp.cos(jnp.pi * jnp.minimum(1.0, (1 - done) / 0.25))
@@ -211,6 +215,14 @@ def _start(frozen, *, generator, judge, space):
     return point | {"base": z[jnp.argmin(jax.lax.map(score, z), 0)]}
 
 
+@jax.jit
+def _start_at(frozen: Params, w_plus: Array) -> dict[str, Array]:
+    """The search point of codes [n, num_ws, w_dim]: the mean row, and what is left."""
+    codes = (w_plus - frozen["w_avg"]) / frozen["sigma"]
+    base = jnp.mean(codes, 1)
+    return {"base": base, "rows": codes - base[:, None]}
+
+
 @partial(jax.jit, static_argnames=("generator", "space"))
 def _finish(point, frozen, *, generator, space):
     """Codes without noise, and their pictures."""
@@ -229,6 +241,7 @@ def optimize(
     search: Search = DEFAULT,
     *,
     key: Array,
+    start: Array | None = None,
     snapshots: int = 0,
     progress: bool = True,
 ) -> dict[str, Array]:
@@ -246,6 +259,8 @@ def optimize(
         devices, so is the search.
       search: space, steps and weights.
       key: of the noise on the code, and of the first draws in z.
+      start: codes to begin with, w_plus [n, num_ws, w_dim], all rows moving from the
+        first step on; None: the average code, or in z the best of some draws.
       snapshots: keep about this many codes of the way, for an animation.
       progress: show a bar with the mean loss.
 
@@ -255,11 +270,14 @@ def optimize(
       [snapshots, n, num_ws, w_dim].
 
     Raises:
-      UserError: an unknown space, fewer than 1 step, or targets of another size.
+      UserError: an unknown space, a start in another one than w_plus, fewer than 1
+        step, or targets of another size.
     """
     size = generator.size
     if search.space not in SPACES:
         raise UserError(f"space is {search.space!r}; it must be {', '.join(SPACES)}")
+    if start is not None and search.space != "w_plus":
+        raise UserError(f"space is {search.space!r}; codes to begin with are of w_plus")
     if search.steps < 1:
         raise UserError(f"--steps is {search.steps}; it must be at least 1")
     if targets.ndim != 4 or targets.shape[1:] != (size, size, 3):
@@ -281,10 +299,14 @@ def optimize(
         "sigma": sigma,
         "key": key,
         # As data, not constants: other values need no new compilation.
-        "search": {k: np.float32(getattr(search, k)) for k in _NUMBERS},
+        "search": {k: np.float32(getattr(search, k)) for k in _NUMBERS}
+        | {"rows_from": np.float32(ROWS_FROM if start is None else 0)},
     }
     static = {"generator": generator, "space": search.space}
-    point = _start(frozen, judge=judge, **static)
+    if start is None:
+        point = _start(frozen, judge=judge, **static)
+    else:
+        point = _start_at(frozen, generator.check_codes(start, "w_plus"))
     moments = optax.scale_by_adam().init(point)
     if isinstance(targets.sharding, NamedSharding):
         # Codes go where their pictures are.
@@ -320,6 +342,7 @@ def invert(
     *,
     encoder: str | Encoder = "optimize",
     restyle: int = RESTYLE,
+    refine: int = 0,
     search: Search = DEFAULT,
     key: Array,
     batch: int = 4,
@@ -335,45 +358,52 @@ def invert(
         of drawings or label maps what that reads.
       encoder: `optimize`, or an encoder or its folder.
       restyle: refinements, if it is one of ReStyle's.
-      search: options of the optimisation.
+      refine: steps of a search in w_plus that begins with the encoder's codes, without
+        noise on them; the pictures must then be photos.
+      search: options of the optimisation; of its steps and space see `refine`.
       key: its random key.
       batch: pictures at a time, at most.
       snapshots: see `optimize`.
       progress: show bars.
 
     Returns:
-      What `optimize` does; of an encoder `w_plus` and `images`.
+      What `optimize` does; of an encoder alone `w_plus` and `images`.
     """
+    start = None
     if encoder != "optimize":
         if isinstance(encoder, str):
             encoder = load_encoder(encoder, generator)
-        w_plus = encode_pictures(
+        start = encode_pictures(
             encoder, generator, params, pictures, restyle=restyle, batch=batch
         )
-        drawn = pipeline.pictures(generator, params, w_plus, batch=batch)
-        return {"w_plus": w_plus, "images": drawn}
+        if not refine:
+            drawn = pipeline.pictures(generator, params, start, batch=batch)
+            return {"w_plus": start, "images": drawn}
+        search = dataclasses.replace(
+            search, space="w_plus", steps=refine, search_noise=0.0
+        )
     model, judge_params = weights.load(search.lpips)
     pictures = resize(jnp.asarray(pictures, jnp.float32), generator.size)
     # Even batches, the last one filled up: one compilation.
     n = len(pictures)
     batch = -(-n // -(-n // batch))
-    done = [
-        optimize(
+    done = []
+    for first in range(0, n, batch):
+        rows = np.minimum(np.arange(first, first + batch), n - 1)
+        found = optimize(
             generator,
             params,
             model.lpips,
             judge_params["lpips"],
             # As they are, they stay on the devices they were spread over.
-            pictures
-            if n == batch
-            else pictures[np.minimum(np.arange(start, start + batch), n - 1)],
+            pictures if n == batch else pictures[rows],
             search,
             key=key,
+            start=None if start is None else start[rows],
             snapshots=snapshots,
             progress=progress,
         )
-        for start in range(0, n, batch)
-    ]
+        done.append(found)
     axes = {name: 1 if name == "path" else 0 for name in done[0]}
     return {
         name: np.concatenate([d[name] for d in done], axis).take(range(n), axis)
@@ -395,6 +425,8 @@ class Options:
     """An encoder's folder, or `optimize`, which needs none."""
     restyle: int | None = None
     """Refinements of an encoder of ReStyle's; 5 if not given."""
+    refine: int = 0
+    """Steps of a search that begins with the encoder's code, 50 or so; 0: none."""
     factors: tuple[int, ...] = ()
     """Super-resolution: make each photo smaller by these factors first; each gives an
     output of its own."""
@@ -526,16 +558,31 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
-    if options.search.steps < 1:
-        raise UserError(f"--steps is {options.search.steps}; it must be at least 1")
+    search = options.search
+    if search.steps < 1:
+        raise UserError(f"--steps is {search.steps}; it must be at least 1")
+    if options.refine < 0:
+        raise UserError(f"--refine is {options.refine}; it must not be negative")
     if options.encoder != "optimize":
         if options.video:
             raise UserError("--video shows a search; leave out --encoder")
-        if options.search != DEFAULT:
+        if options.refine:
+            fixed = ("space", "steps", "search_noise")
+            if any(getattr(search, k) != getattr(DEFAULT, k) for k in fixed):
+                raise UserError(
+                    f"--refine is {options.refine}: so many steps in w_plus, without "
+                    "noise; leave out --space, --steps and --search-noise"
+                )
+        elif search != DEFAULT:
             raise UserError(
                 f"--encoder {options.encoder} needs one pass and gives w_plus; leave "
                 "out the options of the search"
             )
+    elif options.refine:
+        raise UserError(
+            f"--refine is {options.refine}, but there is no code to begin with: name "
+            "an --encoder"
+        )
     elif options.factors or options.restyle or options.nearest_labels:
         raise UserError(
             "--factors, --restyle and --nearest-labels are for encoders; name one with "
@@ -590,6 +637,10 @@ def check_encoder(options: Options, encoder: Encoder) -> None:
         raise UserError(f"--factors is {options.factors}: one is given twice")
     if options.nearest_labels and encoder.inputs != "labels":
         raise UserError(f"--nearest-labels is for label maps, but {what}")
+    if options.refine and (encoder.inputs != "photo" or encoder.sees_band):
+        raise UserError(f"--refine compares with photos of faces, but {what}")
+    if options.refine and options.factors:
+        raise UserError("--refine would bring back what --factors takes away")
     plain = dataclasses.replace(options.align, align=True) == AlignOptions()
     if encoder.sees_band and not plain:
         raise UserError(
@@ -637,6 +688,7 @@ def invert_batch(
         np.stack([items[min(i, last)].x for i in range(batch)]),
         encoder=job.encoder or "optimize",
         restyle=options.restyle or RESTYLE,
+        refine=options.refine,
         search=options.search,
         key=jax.random.key(options.seed),
         batch=batch,
@@ -737,7 +789,7 @@ def main(args: list[str] | None = None) -> None:
         check_encoder(options, encoder)
         reading = Reading(
             encoder.inputs,
-            encoder.module.size,
+            max(encoder.module.size, generator.size if options.refine else 0),
             classes=encoder.module.in_channels,
             nearest=options.nearest_labels,
             factors=options.factors,

@@ -23,7 +23,7 @@ and how much of its structure and of its color; the intensity is a factor of bot
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -85,7 +85,7 @@ class Options:
     encoder: str = ""
     """Finds the photo's code: an encoder's folder, or `optimize`, which needs none, or
     `w_plus`, the second encoder of a converted DualStyleGAN style (published: --wplus).
-    Empty: the encoder stored with the base if there is one, else optimize."""
+    Empty: the encoder stored with the base, or named by it, else optimize."""
     psi: float = dual_style.PSI
     """Of a DualStyleGAN style: truncation of the photo's code, towards 0 as published;
     1: none."""
@@ -320,18 +320,38 @@ def stylize(
     )
 
 
-def choose_encoder(encoder: str, base_name: str, generator: Generator) -> str | Encoder:
-    """The encoder to use: as given, or what the base offers.
+@lru_cache(maxsize=4)
+def _loaded(where: str, written: float, generator: Generator, network: str) -> Encoder:
+    """An encoder, read once for all photos; `written` is its folder's time."""
+    del written
+    return load_encoder(where, generator, network)
+
+
+def choose_encoder(
+    encoder: str, base_name: str, generator: Generator
+) -> Literal["optimize"] | Encoder:
+    """The encoder to use: as given, or what the base holds or names in its metadata.
+
+    Args:
+      encoder: `optimize`, a folder, `w_plus` for the base's second one, or empty.
+      base_name: the base's folder.
+      generator: the base.
 
     Raises:
-      UserError: `w_plus`, and the base has none.
+      UserError: `w_plus`, and the base has none; a folder without an encoder, or with
+        one for another generator.
     """
+    network = "encoder"
     if encoder == "w_plus":
-        return load_encoder(base_name, generator, "encoder_w_plus")
-    if encoder:
+        encoder, network = base_name, "encoder_w_plus"
+    elif not encoder:
+        config = weights.read_config(base_name)
+        own = base_name if network in config["networks"] else "optimize"
+        encoder = config["metadata"].get("encoder", own)
+    if encoder == "optimize":
         return encoder
-    has_one = "encoder" in weights.read_config(base_name)["networks"]
-    return base_name if has_one else "optimize"
+    written = (weights.resolve(encoder) / "config.json").stat().mtime
+    return _loaded(str(encoder), written, generator, network)
 
 
 def photo_code(
@@ -339,7 +359,7 @@ def photo_code(
     generator: Generator,
     params: Params,
     *,
-    encoder: str | Encoder = "optimize",
+    encoder: Literal["optimize"] | Encoder = "optimize",
     search: Search = DEFAULT_SEARCH,
     seed: int = 0,
     cache: Any = None,
@@ -350,7 +370,7 @@ def photo_code(
       crop: [height, width, 3] in [-1, 1].
       generator: the architecture.
       params: of the base generator.
-      encoder: `optimize`, or an encoder or its folder.
+      encoder: `optimize`, or an encoder; see `choose_encoder`.
       search: options of the optimisation.
       seed: of the optimisation.
       cache: start of the path of the code files, without `-<digest>.npz`; None keeps
@@ -362,10 +382,8 @@ def photo_code(
     sha = hashlib.sha256(crop.tobytes())
     how: Any = (dataclasses.asdict(search), seed)
     if encoder != "optimize":
-        second = isinstance(encoder, Encoder)
-        where = encoder.where if second else encoder
-        config = weights.resolve(where) / "config.json"
-        how = (str(where), config.stat().mtime, *([encoder.space] if second else []))
+        config = weights.resolve(encoder.where) / "config.json"
+        how = (str(encoder.where), config.stat().mtime, encoder.space)
     sha.update(repr((weights.digest(params), how)).encode())
     path = None
     if cache is not None:

@@ -35,3 +35,11 @@ def forget_programs():
 def key():
     """A fixed random key."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def quick_compile():
+    """Compiling is nearly all of the time at small sizes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 
 from jaxstyle import weights
+from jaxstyle.dualstylegan import DualStyleGAN
 from jaxstyle.encoders import GradualStyleEncoder
-from jaxstyle.exemplars import Exemplars
+from jaxstyle.exemplars import Exemplars, Sampler
 from jaxstyle.features.identity import ArcFace
 from jaxstyle.images import save_image
 from jaxstyle.stylegan2 import Discriminator, Generator
@@ -21,6 +22,7 @@ ENCODER = GradualStyleEncoder(
     w_dim=8,
     start_from_w_avg=False,
 )
+STYLE_NAMES = ("b.jpg", "a.jpg", "c.jpg")
 IDENTITY = ArcFace(size=16, units=(1, 1), channels=(2, 2), se_ratio=2, width=4)
 
 
@@ -47,6 +49,24 @@ def save_all(folder):
         coarse = rng.uniform(-1, 1, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
         save_image(folder / "pictures" / f"{i}.png", coarse)
     return folder
+
+
+def save_style(path):
+    """Write a style as the converter does, with an encoder and samplers; its path."""
+    key, shape = jax.random.key(0), {"size": 32, "channels": (6, 6, 4, 4), "w_dim": 8}
+    networks = {
+        "generator": Generator(mapping_depth=2, z_dim=8, **shape),
+        "dual": DualStyleGAN(**shape),
+        "encoder": ENCODER.clone(channels=(4, 6, 8, 10)),
+        "exemplars": Exemplars(names=STYLE_NAMES, num_ws=8, z_dim=8),
+        "sampler_structure": Sampler(rows=7, w_dim=8, z_dim=4, width=4),
+        "sampler_color": Sampler(rows=1, w_dim=8, z_dim=4, width=4),
+    }
+    params = {name: m.init_params(key=key) for name, m in networks.items()}
+    params["dual"] = networks["dual"].init_params(key=key, init_noise=1.0)
+    params["exemplars"] = {"extrinsic": jax.random.normal(key, (3, 8, 8))}
+    weights.save(path, networks, params, metadata={"space": "z_plus"})
+    return str(path)
 
 
 def save_exemplars(folder, names=("1.png", "2.png", "10.png")):

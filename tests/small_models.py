@@ -3,6 +3,7 @@
 import jax
 
 from jaxstyle import weights
+from jaxstyle.encoders import GradualStyleEncoder
 from jaxstyle.stylegan2 import Discriminator, Generator
 
 GENERATOR = Generator(16, channels=(8, 8, 8), mapping_depth=2, z_dim=12, w_dim=16)
@@ -32,4 +33,22 @@ def save_tuned(path, base, *, seed=1, **metadata):
     weights.save(
         path, {"generator": model.generator}, {"generator": tuned}, metadata=metadata
     )
+    return str(path)
+
+
+def save_encoder(path, channels=3, rows=(), **metadata):
+    """An untrained encoder for the 16 px generator that reads 32 px; its path."""
+    encoder = GradualStyleEncoder(
+        num_styles=6,
+        size=32,
+        units=(1, 1),
+        channels=(8, 8),
+        in_channels=channels,
+        se_ratio=4,
+        w_dim=16,
+        level_rows=() if channels == 6 else (3,),
+        rows=rows,
+    )
+    params = {"encoder": encoder.init_params(key=jax.random.key(0))}
+    weights.save(path, {"encoder": encoder}, params, metadata=metadata)
     return str(path)

@@ -17,45 +17,18 @@ from jaxstyle import (
     stylize,
     weights,
 )
-from jaxstyle.dualstylegan import DualStyleGAN, style_weights
-from jaxstyle.encoders import GradualStyleEncoder
+from jaxstyle.dualstylegan import style_weights
 from jaxstyle.encoding import encode_pictures, load_encoder
 from jaxstyle.errors import UserError
-from jaxstyle.exemplars import Exemplars, Sampler
 from jaxstyle.invert import Search
 from jaxstyle.refine import Rates
-from jaxstyle.stylegan2 import Generator
-
-SHAPE = {"size": 32, "channels": (6, 6, 4, 4), "w_dim": 8}
-NAMES = ("b.jpg", "a.jpg", "c.jpg")
+from tests import dual_models
 
 
 @pytest.fixture(scope="module")
 def style(tmp_path_factory):
     """A style folder as the converter writes it, at 32 px."""
-    key = jax.random.key(0)
-    networks = {
-        "generator": Generator(mapping_depth=2, z_dim=8, **SHAPE),
-        "dual": DualStyleGAN(**SHAPE),
-        "encoder": GradualStyleEncoder(
-            num_styles=8,
-            size=32,
-            units=(1, 1, 1, 1),
-            channels=(4, 6, 8, 10),
-            se_ratio=2,
-            w_dim=8,
-            start_from_w_avg=False,
-        ),
-        "exemplars": Exemplars(names=NAMES, num_ws=8, z_dim=8),
-        "sampler_structure": Sampler(rows=7, w_dim=8, z_dim=4, width=4),
-        "sampler_color": Sampler(rows=1, w_dim=8, z_dim=4, width=4),
-    }
-    params = {name: m.init_params(key=key) for name, m in networks.items()}
-    params["dual"] = networks["dual"].init_params(key=key, init_noise=1.0)
-    params["exemplars"] = {"extrinsic": jax.random.normal(key, (3, 8, 8))}
-    path = tmp_path_factory.mktemp("weights") / "cartoon"
-    weights.save(path, networks, params, metadata={"space": "z_plus"})
-    return str(path)
+    return dual_models.save_style(tmp_path_factory.mktemp("weights") / "cartoon")
 
 
 @pytest.fixture
@@ -197,14 +170,6 @@ def test_a_picture_becomes_an_exemplar(style, photo, tmp_path, capsys):
     assert "exemplar's code of an earlier" in capsys.readouterr().out
 
 
-@pytest.fixture
-def quick_compile():
-    """Compiling is nearly all of the time at these sizes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
 def test_a_new_exemplar_is_searched_and_refined(style, photo, quick_compile):
     """From one search; the rows leave their start as far as their rates let them."""
@@ -261,7 +226,7 @@ def test_blends(style):
 def test_overview(style, photo, capsys):
     stylize.main(["--overview", "--weights", style, "--out", "sheets"])
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        *([str(i), name] for i, name in enumerate(NAMES)),
+        *([str(i), name] for i, name in enumerate(dual_models.STYLE_NAMES)),
         ["sheets/overview.png"],
     ]
     sheet = images.open_image("sheets/overview.png")

@@ -395,6 +395,18 @@ def test_small_encoder(kind, key):
     assert relative_error(half, np.asarray(codes)) < 0.05
 
 
+@pytest.mark.parametrize("kind", [GradualStyleEncoder, Encoder4Editing])
+def test_narrow_heads(kind, key):
+    module = kind(level_rows=(3,), head_channels=6, **SMALL)
+    params = module.init_params(key=key)
+    head = jax.tree.map(jnp.shape, params["style_3"])
+    assert head["conv_0"]["weight"] == (3, 3, 16, 6)
+    assert head["conv_3"]["weight"] == (3, 3, 6, 6)
+    assert head["dense"] == {"weight": (6, 12), "bias": (12,)}
+    images = jax.random.normal(key, (2, 32, 32, 3))
+    assert apply(module, params, images)[0].shape == (2, 5, 12)
+
+
 def test_codes_start_from_the_average(key):
     module = Encoder4Editing(level_rows=(3,), **SMALL)
     params = module.init_params(key=key)

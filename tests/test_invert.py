@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from jaxstyle import images, inputs, invert, pipeline, weights
-from jaxstyle.encoders import GradualStyleEncoder, encode
+from jaxstyle.encoders import encode
 from jaxstyle.errors import UserError
 from jaxstyle.features.lpips import LPIPS
 from jaxstyle.invert import Search
 from jaxstyle.stylegan2 import Generator
-from tests.small_models import save_base
+from tests.small_models import save_base, save_encoder
 
 GENERATOR = Generator(32, channels=(16, 16, 16, 8), mapping_depth=2, z_dim=8, w_dim=8)
 JUDGE = LPIPS()
@@ -166,24 +166,6 @@ def test_command_optimizes(tmp_path, photos, capsys):
     assert [p.name for p in single.parent.iterdir()] == ["me.npz"]
 
 
-def save_encoder(path, channels=3, rows=(), **metadata):
-    """An untrained encoder for the 16 px generator that reads 32 px; its path."""
-    encoder = GradualStyleEncoder(
-        num_styles=6,
-        size=32,
-        units=(1, 1),
-        channels=(8, 8),
-        in_channels=channels,
-        se_ratio=4,
-        w_dim=16,
-        level_rows=() if channels == 6 else (3,),
-        rows=rows,
-    )
-    params = {"encoder": encoder.init_params(key=jax.random.key(0))}
-    weights.save(path, {"encoder": encoder}, params, metadata=metadata)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, photos):
     """A 16 px generator, encoders by what they read, and their inputs."""
@@ -235,6 +217,25 @@ def test_command_encodes(tmp_path, folders):
     single = Path(folders["photos"], "c.png")
     alone = run(folders, str(single), "photo", tmp_path / "one")
     np.testing.assert_allclose(alone["w_plus"][0], found["w_plus"][2], atol=1e-5)
+
+
+def test_a_search_that_begins_with_the_encoders_code(tmp_path, folders):
+    start = run(folders, "photos", "photo", tmp_path / "start")
+    near = ["--refine", "1", "--search-lr", "1e-6"]
+    same = run(folders, "photos", "photo", tmp_path / "same", *near)
+    np.testing.assert_allclose(same["w_plus"], start["w_plus"], atol=1e-4)
+    found = run(folders, "photos", "photo", tmp_path / "found", "--refine", "12")
+    moved = np.abs(found["w_plus"] - start["w_plus"])
+    assert moved.max(2).min() > 1e-3, "a row stood still"
+    files = images.image_files(Path(folders["photos"]))
+    targets = [images.to_array(images.open_image(p), 16) for p in files]
+
+    def error(codes):
+        generator, params = pipeline.load_generator(folders["base"])
+        drawn = pipeline.pictures(generator, params, codes)
+        return np.square(drawn - np.stack(targets)).mean((1, 2, 3))
+
+    assert np.all(error(found["w_plus"]) < error(start["w_plus"]))
 
 
 def test_command_mixes_and_edits(tmp_path, folders):

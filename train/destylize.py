@@ -72,7 +72,7 @@ class Options:
     """Generator finetuned on the portraits; empty: `portrait_generator` beside the
     other."""
     encoder: str = ""
-    """Folder of an encoder to z+; empty: that beside the generator."""
+    """Folder of an encoder to z+; empty: that beside the generator, or named by it."""
     lr: float = 0.1
     """Adam's rate, of the code and of the noise planes."""
     id_lambda: float = 0.1

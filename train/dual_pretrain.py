@@ -68,7 +68,7 @@ class Options:
     weights: str = weights.DEFAULT
     """Generator of faces, and its discriminator if it is there."""
     encoder: str = ""
-    """Folder of an encoder to z+; empty: that beside the generator."""
+    """Folder of an encoder to z+; empty: that beside the generator, or named by it."""
     encoder_every: int = 4
     """Iterations between those whose second code is the encoder's; 0: never, and no
     encoder is needed."""

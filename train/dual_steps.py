@@ -454,7 +454,8 @@ def z_plus_encoder(name: str, folder: str, generator: Generator, dtype: str) -> 
     """The encoder to z+ that a stage takes codes from.
 
     Args:
-      name: its folder; empty: the stage's own weights.
+      name: its folder; empty: the stage's own weights, or what these name in their
+        metadata as `z_plus_encoder`.
       folder: those.
       generator: that its codes are for.
       dtype: of its convolutions.
@@ -462,10 +463,14 @@ def z_plus_encoder(name: str, folder: str, generator: Generator, dtype: str) -> 
     Raises:
       UserError: there is none, or one of another space.
     """
-    where = name or folder
-    if not name and "encoder" not in weights.read_config(where)["networks"]:
+    where = name
+    if not where:
+        config = weights.read_config(folder)
+        own = folder if "encoder" in config["networks"] else ""
+        where = config["metadata"].get("z_plus_encoder", own)
+    if not where:
         raise UserError(
-            f"{where} holds no encoder; name one with --encoder: converted from "
+            f"{folder} holds no encoder; name one with --encoder: converted from "
             "encoder.pt, or trained by train.psp --space z_plus"
         )
     found = load_encoder(where, generator)

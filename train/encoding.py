@@ -82,6 +82,9 @@ class EncodingOptions:
     """How many in each of its stages; empty: 3 4 14 3, for ResNet-34 3 4 6 3."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of its stages."""
+    encoder_head_channels: int = 0
+    """Channels of the convolutions of each row's head; 0: as wide as a code. Most of a
+    small encoder's weights are there."""
     encoder_rows: tuple[int, ...] = ()
     """Rows that a new encoder sees, first and one after the last; empty: all. Cars:
     32 224, into which the pictures are resized (LSUN's generator of cars draws them
@@ -392,6 +395,11 @@ def check(options: EncodingOptions) -> None:
     """
     if options.restyle < 0:
         raise UserError(f"--restyle is {options.restyle}; it must not be negative")
+    if options.encoder_head_channels < 0:
+        raise UserError(
+            f"--encoder-head-channels is {options.encoder_head_channels}; it must not "
+            "be negative (0: as wide as a code)"
+        )
     if options.code_lambda and options.data != GENERATED:
         raise UserError(
             "--code-lambda is given, but only --data generated knows the codes"
@@ -459,7 +467,9 @@ def make_networks(
         k: v for k, v in params.items() if k == "encoder"
     }
     channels *= 2 if options.restyle else 1
-    levels = {"level_rows": ()} if options.restyle else {}
+    fields = {"level_rows": ()} if options.restyle else {}
+    if options.encoder_head_channels:
+        fields["head_channels"] = options.encoder_head_channels
     fresh = make(
         num_styles=generator.num_ws,
         size=options.encoder_size,
@@ -469,7 +479,7 @@ def make_networks(
         w_dim=generator.w_dim,
         blocks=options.encoder_blocks,
         rows=options.encoder_rows,
-        **levels,
+        **fields,
     )
     if options.start:
         model, other = weights.load(options.start)

@@ -3,6 +3,8 @@
     python -m train.evaluate
     python -m train.evaluate --heads heldout --methods jojo,jojo-lpips --styles pencil
     python -m train.evaluate --methods default --sweep id-lambda
+    python -m train.evaluate --methods default --inverters w-300,w_plus-300,runs/e4e
+    python -m train.evaluate --methods dual,dual-stored --styles cel --dual runs/style
 
 `train.heads` draws a head as a photo and in a style, so the stylised photo can be
 compared with the truth. For each style one reference, a head drawn in it, teaches the
@@ -30,6 +32,15 @@ such heads and takes the layers up to 16 px from the base (Pinkney & Adler 2020,
 2010.05334). For the last two and for the classifier, --teachers are drawn, other heads
 than those that are measured.
 
+`dual` takes the reference as a new exemplar of the DualStyleGAN style `--dual`, whose
+portraits are of `--dual-style`; `dual-refined` refines its code, `dual-stored` draws
+each head after another of the style's own exemplars.
+
+`--inverters` adds a table of ways to find a photo's code: `w-300` and `w_plus-300` are
+searches of so many steps, `mean` is the average code, anything else an encoder's
+folder, with `+50` and a search of 50 steps from its code. For each the LPIPS of the
+inversion to the photo, and that of the first method's picture of the code to the truth.
+
 `--sweep id-lambda` trains `default` with several weights of the identity loss, and adds
 a table of their means over the styles. The best weight has the highest cosine among
 those whose LPIPS to the truth is at most 5 % above that of weight 0. (The network that
@@ -47,9 +58,7 @@ OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they s
 import dataclasses
 import hashlib
 import json
-import subprocess
-import sys
-import tempfile
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -63,14 +72,15 @@ import tyro
 from jax import Array
 from PIL import Image
 
-from jaxstyle import images, pipeline, weights
+from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
+from jaxstyle.encoding import CROP_SIZE, Encoder, load_encoder
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
 from jaxstyle.invert import Search, invert, resize
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import interpolate_features
-from train import style_classifier
+from train import commands, style_classifier
 
 EXAMPLES = weights.ASSETS / "examples"
 # Style: its reference, and whether `train.heads` draws the truth.
@@ -98,8 +108,10 @@ class Method:
       args: of the training.
       step: the checkpoint; 0: the last.
       intensity: see `jaxstyle.stylize`.
-      scheme: jojo, nada-text, nada-pictures or finetune.
+      scheme: jojo, nada-text, nada-pictures, finetune or dual.
       swap: layers up to this resolution are the base's.
+      stored: of dual: the style's own exemplars.
+      refine: of dual: steps on the code of a new one.
     """
 
     args: tuple[str, ...] = ()
@@ -107,6 +119,8 @@ class Method:
     intensity: float = 1.0
     scheme: str = "jojo"
     swap: int = 0
+    stored: bool = False
+    refine: int = 0
 
 
 DEFAULTS = ("--profile",)
@@ -139,6 +153,9 @@ METHODS = {
         scheme="finetune",
         swap=16,
     ),
+    "dual": Method(scheme="dual"),
+    "dual-refined": Method(scheme="dual", refine=100),
+    "dual-stored": Method(scheme="dual", stored=True),
 }
 RIVALS = ("inversion", "colour transfer", "reference")
 
@@ -166,8 +183,18 @@ class Options:
     """Heads."""
     styles: str = ",".join(STYLES)
     """Styles, with commas."""
-    methods: str = ",".join(METHODS)
+    methods: str = ",".join(name for name in METHODS if METHODS[name].scheme != "dual")
     """Methods, with commas; the rivals are always there."""
+    dual: str = ""
+    """Folder of a DualStyleGAN style, for the methods dual."""
+    dual_style: Literal["cel", "pencil", "paint"] = "cel"
+    """Which style its portraits are of."""
+    dual_weights: str = "1,1"
+    """Weights of its structure and its color."""
+    dual_psi: float = 1.0
+    """Truncation of the heads' codes there, towards 0."""
+    inverters: str = ""
+    """Ways to find a photo's code to compare, with commas."""
     space: str = "w_plus"
     """Where the photos are inverted: w_plus or w."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--inversion-steps"])] = 300
@@ -302,7 +329,7 @@ def draw_heads(options: Options) -> Path:
     if not options.heads and not folder.exists():
         command = ["-m", "train.heads", str(folder), "--n", str(options.n)]
         command += ["--first", str(options.first), "--seed", "1", "--size", "256"]
-        _run([*command, "--styles", ",".join(names)])
+        commands.run([*command, "--styles", ",".join(names)])
     for name in names:
         last = folder / name / f"{options.first + options.n - 1:05d}.png"
         if not last.is_file():
@@ -320,48 +347,63 @@ def read(folder: Path, options: Options, size: int) -> np.ndarray:
     return np.stack([images.to_array(images.open_image(f), size) for f in files])
 
 
-def invert_photos(options: Options, generator, params, photos) -> dict:
+class Inverter(NamedTuple):
+    """A way to find a photo's code.
+
+    Attributes:
+      search: by optimisation.
+      encoder: that finds it, or that the search begins with; None: the search alone.
+      refine: steps of the search that begins with the encoder's code.
+    """
+
+    search: Search = Search()
+    encoder: Encoder | None = None
+    refine: int = 0
+
+
+def parse_inverter(text: str, generator) -> Inverter | None:
+    """An inverter by its name on the command line; None: the average code.
+
+    Raises:
+      UserError: a search without steps, or not an encoder's folder.
+    """
+    if text == "mean":
+        return None
+    if found := re.fullmatch(r"(w|w_plus|z|z_plus)-([1-9]\d*)", text):
+        return Inverter(Search(space=found[1], steps=int(found[2])))
+    folder, _, steps = text.partition("+")
+    if steps and not steps.isdecimal():
+        raise UserError(
+            f"--inverters holds {text!r}; write an encoder's folder and steps as "
+            "runs/e4e+50"
+        )
+    return Inverter(Search(), load_encoder(folder, generator), int(steps or 0))
+
+
+def invert_photos(options: Options, generator, params, photos, how: Inverter) -> dict:
     """Codes of the photos, kept in OUT, and the seconds that they took."""
-    search = Search(space=options.space, steps=options.steps)
-    how = repr((weights.digest(params), search, options.seed, photos.tobytes()))
-    path = options.out / f"codes-{hashlib.sha256(how.encode()).hexdigest()[:16]}.npz"
+    encoder = how.encoder and weights.digest(how.encoder.params)
+    said = (weights.digest(params), how.search, encoder, how.refine, options.seed)
+    name = hashlib.sha256(repr((said, photos.tobytes())).encode()).hexdigest()[:16]
+    path = options.out / f"codes-{name}.npz"
     if not path.exists():
+        find = partial(
+            invert,
+            generator,
+            params,
+            encoder=how.encoder or "optimize",
+            key=jax.random.key(options.seed),
+            batch=10,
+        )
+        # Once before, for the compiler: the number of steps is not compiled in.
+        brief = dataclasses.replace(how.search, steps=1)
+        find(photos, refine=min(how.refine, 1), search=brief, progress=False)
         begin = time.monotonic()
-        key = jax.random.key(options.seed)
-        found = invert(generator, params, photos, search=search, key=key, batch=10)
+        found = find(photos, refine=how.refine, search=how.search)
         seconds = time.monotonic() - begin
         pipeline.write_codes(path, w_plus=found["w_plus"], seconds=seconds)
     with np.load(path) as file:
         return {"w_plus": file["w_plus"], "seconds": float(file["seconds"])}
-
-
-# A small process between us and the one that is measured, whose peak would otherwise
-# begin at what we hold ourselves.
-MEASURE = """
-import os, subprocess, sys
-process = subprocess.Popen([sys.executable, *sys.argv[2:]])
-_, status, usage = os.wait4(process.pid, 0)
-process.returncode = os.waitstatus_to_exitcode(status)
-with open(sys.argv[1], "w") as file:
-    file.write(str(usage.ru_maxrss))
-sys.exit(process.returncode != 0)
-"""
-
-
-def _run(command: Sequence[str]) -> tuple[float, float]:
-    """Run Python; returns seconds and the peak memory in MB.
-
-    Raises:
-      UserError: it failed; it has said why.
-    """
-    begin = time.monotonic()
-    with tempfile.NamedTemporaryFile() as file:
-        measured = [sys.executable, "-c", MEASURE, file.name, *command]
-        if subprocess.run(measured, check=False).returncode:
-            raise UserError(f"`python {' '.join(command)}` failed; see above")
-        peak = int(Path(file.name).read_text())
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return time.monotonic() - begin, peak / unit
 
 
 def train(options: Options, method: Method, style: str) -> dict:
@@ -371,14 +413,9 @@ def train(options: Options, method: Method, style: str) -> dict:
     words = (*scheme, *flags) or ("published",)
     name = "-".join([style, *(word.strip("-") for word in words)])
     folder = options.out / "runs" / name
-    cost = folder / "cost.json"
-    if not cost.exists():
-        command = [*command_of(options, method, style), "--weights", options.weights]
-        command += ["--out", str(folder), "--seed", str(options.seed), *flags]
-        seconds, memory = _run(command)
-        text = json.dumps({"seconds": seconds, "memory": memory})
-        images.write_bytes(cost, text.encode())
-    return {"folder": str(folder)} | json.loads(cost.read_text())
+    command = [*command_of(options, method, style), "--weights", options.weights]
+    command += ["--out", str(folder), "--seed", str(options.seed), *flags]
+    return {"folder": str(folder)} | commands.once(folder / "cost.json", command)
 
 
 def command_of(options: Options, method: Method, style: str) -> list[str]:
@@ -417,7 +454,7 @@ def classifier(options: Options, methods: Mapping[str, Method]) -> dict | None:
         if not folder.exists():
             command = ["-m", "train.heads", str(folder), "--n", str(options.teacher_n)]
             command += ["--seed", "4", "--size", "64", "--format", "npy"]
-            _run([*command, "--styles", ",".join(TEACHERS)])
+            commands.run([*command, "--styles", ",".join(TEACHERS)])
     pictures = {}
     for style in TEACHERS:
         file = folder / f"{style}.npy"
@@ -458,9 +495,6 @@ def stylized(generator, base, codes, run: Mapping, method: Method) -> np.ndarray
         if int(name.rpartition("_")[2]) <= method.swap:
             share[i] = 0
     return np.asarray(_mixed(generator, base, params["generator"], codes, share))
-
-
-# The table
 
 
 class Style(NamedTuple):
@@ -604,6 +638,36 @@ def sweep_table(option: str, rows: Mapping[float, Mapping]) -> str:
     return _lines(lines)
 
 
+def dual_exemplar(
+    options: Options, method: Method, style: Style, n: int
+) -> dual_style.Exemplar:
+    """The exemplar of a method `dual` in a style.
+
+    Args:
+      options: with the folder of the DualStyleGAN style.
+      method: which exemplar.
+      style: its reference is a new one.
+      n: heads; of stored exemplars each gets another, spread over the table.
+    """
+    wanted = dual_style.DualOptions(style_weights=options.dual_weights)
+    if method.stored:
+        count = len(weights.load(options.dual)[0].exemplars.names)
+        ids = np.linspace(0, count - 1, n).astype(int)
+        wanted = dataclasses.replace(wanted, style_id=tuple(map(str, ids)))
+        _, _, found = dual_style.load(options.dual, wanted, psi=options.dual_psi)
+        codes = [found[str(i)].code for i in ids]
+        return found[str(ids[0])]._replace(code=jnp.concatenate(codes))
+    _, _, found = dual_style.load(
+        options.dual,
+        wanted,
+        psi=options.dual_psi,
+        pictures=[reference_file(style.name)],
+        new=dual_style.NewOptions(refine=method.refine, align_style=False),
+        cache=options.out / "exemplars",
+    )
+    return next(iter(found.values()))
+
+
 def drawn_by(options: Options, generator, base, codes, plain, style, methods) -> dict:
     """Pictures [n, size, size, 3] and cost, by the name of rival or method."""
     rows = {
@@ -612,12 +676,97 @@ def drawn_by(options: Options, generator, base, codes, plain, style, methods) ->
         "reference": (np.broadcast_to(style.picture, plain.shape), {}),
     }
     for name, method in methods.items():
+        if method.scheme == "dual":
+            if style.name == options.dual_style:
+                exemplar = dual_exemplar(options, method, style, len(codes))
+                pictures = dual_style.pictures(exemplar, generator, base, codes)
+                rows[name] = (pictures, {})
+            continue
         if method.scheme != "jojo" and style.name not in WORDS:
             continue
         run = train(options, method, style.name)
         cost = {"seconds": run["seconds"], "memory": run["memory"]}
         rows[name] = (stylized(generator, base, codes, run, method), cost)
     return rows
+
+
+def compare_inverters(
+    options: Options, generator, base, photos, large, styles, methods, judge, identity
+) -> list[dict]:
+    """Records of `--inverters`, and their sheet OUT/inverters.jpg.
+
+    Each has the LPIPS of the inversion to the photo, own nearer and same face, and the
+    seconds a photo; `truth` is the LPIPS to the truth of what the first method draws of
+    the codes, averaged over the styles that have one.
+
+    Args:
+      options: names of the inverters.
+      generator, base: the model.
+      photos: [n, size, size, 3].
+      large: the same photos as encoders read them, [n, 256, 256, 3].
+      styles, methods: of the table.
+      judge: LPIPS parameters.
+      identity: the identity network.
+    """
+    target, own = describe(judge, photos), faces(identity, photos)
+    names = [n for n in options.inverters.split(",") if n]
+    records, drawn = [], []
+    for name in names:
+        how = parse_inverter(name, generator)
+        if how is None:
+            mean = np.broadcast_to(base["w_avg"], (generator.num_ws, generator.w_dim))
+            codes = {"w_plus": np.repeat(mean[None], len(photos), 0), "seconds": 0.0}
+        else:
+            seen = photos if how.encoder is None else large
+            codes = invert_photos(options, generator, base, seen, how)
+        plain = pipeline.pictures(generator, base, codes["w_plus"])
+        distances = np.asarray(all_distances(judge, describe(judge, plain), target))
+        record = {
+            "inverter": name,
+            "lpips": float(np.diagonal(distances).mean()),
+            "identity": own_nearer(distances),
+            "cosine": mean_cosine(own, faces(identity, plain)),
+            "seconds": codes["seconds"] / len(photos),
+        }
+        first = dict(list(methods.items())[:1])
+        truths = []
+        for style in (s for s in styles if s.truths is not None):
+            made = drawn_by(
+                options, generator, base, codes["w_plus"], plain, style, first
+            )
+            truths += [
+                score(judge, made[n][0], style)["lpips"] for n in first if n in made
+            ]
+        if truths:
+            record["truth"] = float(np.mean(truths))
+        records.append(record)
+        drawn.append(plain)
+        print(f"{name}: LPIPS to the photos {record['lpips']:.3f}", flush=True)
+    shown = [i for i in options.sheet_heads if i < len(photos)]
+    cells = [x[i] for i in shown for x in (photos, *drawn)]
+    sheet = images.grid(cells, 1 + len(names), column_labels=["photo", *names])
+    images.save_image(options.out / "inverters.jpg", sheet)
+    return records
+
+
+def inverter_table(records: Sequence[Mapping]) -> str:
+    """Markdown of the inverters; ratios are to the first."""
+    titles = ["inverter", "LPIPS to the photo", "of the first", "own nearer"]
+    lines = [[*titles, "same face", "s a photo", "LPIPS to the truth"]]
+    for record in records:
+        truth = record.get("truth")
+        lines.append(
+            [
+                record["inverter"],
+                f"{record['lpips']:.3f}",
+                f"{record['lpips'] / records[0]['lpips']:.2f}",
+                f"{record['identity']:.0%}",
+                f"{record['cosine']:.2f}",
+                f"{record['seconds']:.3f}",
+                "" if truth is None else f"{truth:.3f}",
+            ]
+        )
+    return _lines(lines)
 
 
 def write_sheet(options: Options, photos, styles, drawn, labels) -> None:
@@ -670,7 +819,8 @@ def evaluate(options: Options) -> list[dict]:
         ):
             if share := called(naming, pictures, name):
                 print(f"{name}: {share['called']:.0%} of the drawn are called so")
-    codes = invert_photos(options, generator, base, photos)
+    searched = Inverter(Search(space=options.space, steps=options.steps))
+    codes = invert_photos(options, generator, base, photos, searched)
     plain = pipeline.pictures(generator, base, codes["w_plus"])
     own = faces(identity, plain)
     for style in styles:
@@ -691,6 +841,15 @@ def evaluate(options: Options) -> list[dict]:
     text = table(records)
     seconds = codes["seconds"] / options.n
     text += f"\nInversion: {seconds:.1f} s a photo ({options.steps} steps).\n"
+    if options.inverters:
+        large = read(folder / "photo", options, CROP_SIZE)
+        found = compare_inverters(
+            options, generator, base, photos, large, styles, methods, judge, identity
+        )
+        text += "\n" + inverter_table(found)
+        images.write_bytes(
+            options.out / "inverters.json", json.dumps(found, indent=1).encode()
+        )
     mean = {r["method"]: r for r in records if r["style_name"] == "mean"}
     if values and mean:
         rows = {value: mean[name] for value, name in values.items()}
@@ -716,6 +875,34 @@ def _chosen(text: str, known: Mapping, option: str) -> list[str]:
     return names
 
 
+def check_dual(options: Options) -> None:
+    """Refuse methods `dual` without a DualStyleGAN style of the same generator.
+
+    Raises:
+      UserError: there is none, or one of another generator.
+    """
+    wanted = [n for n in options.methods.split(",") if n.startswith("dual")]
+    if not wanted:
+        return
+    if not options.dual:
+        raise UserError(
+            f"--methods holds {wanted[0]}, which needs --dual, the folder of a "
+            "DualStyleGAN style"
+        )
+    if not dual_style.is_dual(options.dual):
+        raise UserError(f"--dual {options.dual} holds no DualStyleGAN")
+    dual_style.parse_weights(options.dual_weights, "--dual-weights")
+    own, its = (
+        weights.digest(pipeline.load_generator(name)[1])
+        for name in (options.weights, options.dual)
+    )
+    if own != its:
+        raise UserError(
+            f"--dual {options.dual} was learned on another generator than --weights "
+            f"{options.weights}"
+        )
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m train.evaluate`."""
@@ -732,6 +919,7 @@ def main(args: list[str] | None = None) -> None:
         raise UserError(
             f"--sweep-values is {given!r}; give numbers that are not negative"
         )
+    check_dual(options)
     evaluate(options)
 
 

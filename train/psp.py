@@ -237,6 +237,11 @@ def resolve(options: Options) -> Options:
             f"--restyle compares its inputs with pictures; {inputs_of(options)} have "
             f"{channels_of(options)} channels: leave it out"
         )
+    if common.encoder_head_channels and options.encoder != "gradual":
+        raise UserError(
+            f"--encoder-head-channels is {common.encoder_head_channels}, but --encoder "
+            f"{options.encoder} has no head for each row: leave it out"
+        )
     encoding.check(common)
     faces = {"id", "lpips_crop", "l2_crop"} & {
         k for k, v in lambdas_of(options).items() if v

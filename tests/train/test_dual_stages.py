@@ -35,14 +35,6 @@ def folder(tmp_path_factory):
     return dual_models.save_all(tmp_path_factory.mktemp("dual"))
 
 
-@pytest.fixture
-def quick_compile():
-    """Compiling is nearly all of the time at these sizes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Stages and parts
 
 

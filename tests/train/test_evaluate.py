@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxstyle import images, weights
+from jaxstyle import images, pipeline, weights
 from jaxstyle.errors import UserError
 from jaxstyle.features import judges
 from jaxstyle.features.identity import ArcFace
-from tests import small_models
-from train import evaluate, jojo, nada, style_classifier, stylegan2
+from tests import dual_models, small_models
+from train import commands, evaluate, jojo, nada, style_classifier, stylegan2
 
 
 def faces(n, size=32, seed=0):
@@ -78,10 +78,10 @@ def test_the_best_value_of_a_sweep_costs_little_lpips():
 
 def test_costs_of_a_command():
     held = np.ones(400_000_000, np.uint8)  # by us, and none of the command's business
-    seconds, memory = evaluate._run(["-c", "print(len(b'x' * 60_000_000))"])
+    seconds, memory = commands.run(["-c", "print(len(b'x' * 60_000_000))"])
     assert 0 < seconds < 60 and 60 < memory < 300 < held.nbytes / 1e6
     with pytest.raises(UserError, match="python -c 1/0.*failed"):
-        evaluate._run(["-c", "1/0"])
+        commands.run(["-c", "1/0"])
 
 
 def train_here(command):
@@ -134,7 +134,7 @@ def test_commands_of_the_other_schemes(tmp_path):
 
 @pytest.mark.slow
 def test_a_table_of_the_other_schemes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "_run", train_here)
+    monkeypatch.setattr(commands, "run", train_here)
     base = small_models.save_base(tmp_path / "base")
     for i, kind in enumerate(("photo", "cel", "pencil", "paint")):
         (tmp_path / "heads" / kind).mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_a_table_of_the_other_schemes(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_small_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "_run", train_here)
+    monkeypatch.setattr(commands, "run", train_here)
     base = small_models.save_base(tmp_path / "base")
     for i, kind in enumerate(("photo", "cel")):
         (tmp_path / "heads" / kind).mkdir(parents=True)
@@ -187,8 +187,16 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
     args += ["--identity-net", tmp_path / "judge", "--sheet-to", tmp_path / "grid.jpg"]
     extra = f"--steps 2 --inversion mean --identity-net {tmp_path / 'judge'}"
     args += [f"--extra={extra}", "--out", tmp_path / "out"]
+    encoder = small_models.save_encoder(tmp_path / "encoder")
+    args += ["--inverters", f"w-3,mean,{encoder},{encoder}+2"]
     evaluate.main([str(a) for a in args])
     printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out/inverters.json").read_text())
+    searched, mean, *encoded = (r["lpips"] for r in found)
+    assert len({searched, mean, *encoded}) == 4
+    assert found[0]["truth"] != found[1]["truth"] and found[1]["seconds"] == 0
+    assert f"| {encoder}+2 | " in printed
+    assert images.open_image(tmp_path / "out/inverters.jpg").width > 5 * 16
     ceiling, titles = (printed.index(t) for t in ("its own truth", "own nearer"))
     assert ceiling < titles and "| best |" in printed
     records = json.loads((tmp_path / "out/table.json").read_text())
@@ -210,6 +218,46 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
     ).read_bytes()
 
 
+def test_inverters_by_name(tmp_path):
+    generator, _ = pipeline.load_generator(small_models.save_base(tmp_path / "base"))
+    encoder = small_models.save_encoder(tmp_path / "enc")
+    assert evaluate.parse_inverter("mean", generator) is None
+    search = evaluate.parse_inverter("w_plus-40", generator)
+    assert search == evaluate.Inverter(evaluate.Search(space="w_plus", steps=40))
+    alone = evaluate.parse_inverter(encoder, generator)
+    assert alone.encoder.where == encoder and alone.refine == 0
+    assert evaluate.parse_inverter(f"{encoder}+50", generator).refine == 50
+    with pytest.raises(UserError, match="enc\\+many.*runs/e4e\\+50"):
+        evaluate.parse_inverter("enc+many", generator)
+    with pytest.raises(UserError, match="does not exist"):
+        evaluate.parse_inverter("w-0", generator)
+
+
+@pytest.mark.slow
+def test_exemplars_in_the_table(tmp_path, quick_compile):
+    style = dual_models.save_style(tmp_path / "style")
+    for i, kind in enumerate(("photo", "cel", "pencil", "paint")):
+        (tmp_path / "heads" / kind).mkdir(parents=True)
+        for j, picture in enumerate(faces(3, 32, seed=i)):
+            images.save_image(tmp_path / "heads" / kind / f"{j:05d}.png", picture)
+    args = ["--weights", style, "--heads", tmp_path / "heads", "--n", 3, "--steps", 2]
+    args += ["--styles", "cel,pencil", "--methods", "dual,dual-stored", "--dual", style]
+    args += ["--sheet-heads", 0, "--out", tmp_path / "out"]
+    evaluate.main([str(a) for a in args])
+    records = json.loads((tmp_path / "out/table.json").read_text())
+    rows = {(r["style_name"], r["method"]): r for r in records}
+    new, stored = rows["cel", "dual"], rows["cel", "dual-stored"]
+    assert new["lpips"] != stored["lpips"] and stored["ratio"] > 0
+    assert ("pencil", "dual") not in rows and ("pencil", "inversion") in rows
+    # Weights of 0: the inversion itself.
+    again = [*args, "--dual-weights", "0,0"]
+    evaluate.main([str(a) for a in again])
+    rows = json.loads((tmp_path / "out/table.json").read_text())
+    rows = {(r["style_name"], r["method"]): r for r in rows}
+    for name in ("dual", "dual-stored"):
+        assert rows["cel", name]["lpips"] == rows["cel", "inversion"]["lpips"]
+
+
 def test_wrong_options_are_named(tmp_path, capsys):
     options = evaluate.Options(out=tmp_path, heads=str(tmp_path / "none"))
     with pytest.raises(UserError, match="train.heads"):
@@ -220,3 +268,10 @@ def test_wrong_options_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             evaluate.main([flag, str(value)])
         assert f"{flag} is" in capsys.readouterr().err
+    for args, message in (
+        ([], "--methods holds dual, which needs --dual"),
+        (["--dual", "heads"], "--dual heads holds no DualStyleGAN"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--methods", "default,dual", *args])
+        assert message in capsys.readouterr().err

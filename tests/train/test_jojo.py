@@ -30,13 +30,10 @@ from tests.filled import (
     picture,
     relative_error,
 )
-from tests.train.test_psp import quick_compile
 from train import fits, jojo, loop, optim, references, sharding, styles
 from train.cli import RunOptions
 from train.sharding import make_mesh
 from train.state import create_state
-
-__all__ = ["quick_compile"]
 
 
 def optimizer(options):

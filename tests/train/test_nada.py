@@ -259,14 +259,6 @@ def base(tmp_path_factory):
     return folder, save_base(folder / "base")
 
 
-@pytest.fixture
-def quick_compile():
-    """Compiling is nearly all of the time at these sizes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def command(base, out, *flags):
     folder, generator = base
     main = ["--weights", generator, "--clip", str(folder / "clip"), "--out", str(out)]

@@ -290,14 +290,6 @@ def judge(base):
     return folder
 
 
-@pytest.fixture
-def quick_compile():
-    """Compiling is nearly all of the time at these sizes (LPIPS is not of them)."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train(base, out, *flags):
     flags = [*SMALL, "--weights", base, "--out", out, *flags]
     psp.main([str(f) for f in flags])
@@ -483,6 +475,8 @@ def test_trunk_starts_from_arcface(base, tmp_path, monkeypatch, capsys):
     "flags, message",
     [
         ("--space w", "needs --encoder w"),
+        ("--encoder w --encoder-head-channels 8", "has no head for each row"),
+        ("--encoder-head-channels -1", "--encoder-head-channels is -1"),
         ("--similarity-lambda 1", "both above 0"),
         ("--code-lambda 1", "only --data generated"),
         ("--encoder-rows 4 28", "show no faces: use --task things"),

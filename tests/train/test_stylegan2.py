@@ -49,14 +49,6 @@ def data_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def quick_compile():
-    """Compiling is nearly all of the time at these sizes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train(data_file, out, *flags):
     args = [*SMALL.split(), "--data", data_file, "--out", out, "--log-every", 1, *flags]
     stylegan2.main([str(a) for a in args])
