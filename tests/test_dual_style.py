@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxstyle import (
+    dual_sheets,
     dual_style,
     generate,
     images,
@@ -340,3 +341,55 @@ def test_exemplars_of_other_models(photo, capsys):
     with pytest.raises(SystemExit):
         run(photo, "--weights", "heads", "--base", "heads", "--style-id", "1")
     assert "heads is no DualStyleGAN style" in capsys.readouterr().err
+
+
+def test_figures_of_the_paper(style, tmp_path, capsys):
+    args = ["--weights", style, "--style-id", "a.jpg", "2", "--n", "3"]
+    dual_sheets.main([*args, "--out", str(tmp_path)])
+    assert len(capsys.readouterr().out.split()) == 3
+    model, params = weights.load(style)
+    generator, base = model.generator, params["generator"]
+    wanted = dual_style.DualOptions(style_id=("1",), style_weights="1,1")
+    _, _, found = dual_style.load(style, wanted)
+    exemplar = found["1"]
+    z = pipeline.seed_codes([3, 8], generator.z_dim)
+    faces = pipeline.to_w_plus(generator, base, z, "z")
+    draw = functools.partial(dual_sheets.draw, generator=generator, base=base)
+    nothing = draw(exemplar._replace(weights=dual_sheets.NOTHING), face=faces[0])
+    np.testing.assert_array_equal(
+        nothing, pipeline.pictures(generator, base, exemplar.psi * faces[:1])[0]
+    )
+    # Every row does something of its own.
+    rows = [
+        draw(exemplar._replace(weights=dual_sheets.single_row(i)), face=faces[0])
+        for i in range(generator.num_ws)
+    ]
+    apart = [np.abs(a - b).max() for a in [nothing] for b in rows]
+    assert min(apart) > 1e-3 and len({x.tobytes() for x in rows}) == len(rows)
+    for name, columns in (("layers", 11), ("weights", 6), ("moves", 3)):
+        sheet = images.open_image(tmp_path / f"{name}.jpg")
+        assert sheet.width > columns * generator.size
+
+
+@pytest.mark.slow
+def test_a_new_exemplar_before_and_after(style, photo, tmp_path, quick_compile):
+    art = images.save_image(tmp_path / "art.png", np.full((64, 64, 3), 0.3, np.float32))
+    options = dual_sheets.Options(
+        weights=style,
+        style=art,
+        out=tmp_path,
+        new=dual_style.NewOptions(refine=2, align_style=False),
+    )
+    model, params = weights.load(style)
+    base = params["generator"]
+    z = pipeline.seed_codes([3], model.generator.z_dim)
+    faces = pipeline.to_w_plus(model.generator, base, z, "z")
+    sheet = dual_sheets.new_sheet(options, model.generator, base, faces)
+    assert sheet.height > 2 * 32 and sheet.width > 3 * 32
+    assert len(list(tmp_path.glob("art-*.npz"))) == 2
+
+
+def test_figures_need_an_exemplars_style(capsys):
+    with pytest.raises(SystemExit):
+        dual_sheets.main(["--weights", "heads"])
+    assert "'heads' hold no DualStyleGAN style" in capsys.readouterr().err
