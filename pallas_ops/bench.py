@@ -22,12 +22,14 @@ import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,13 @@ def dumps():
                 "--xla_jf_dump_llo_pass_label_regex=.*final.*",
             ]
         )
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def nowhere():
+    """An empty folder, for counts that need none of the compiler's files."""
+    with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
@@ -504,32 +513,61 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    records = {}
-    if chosen.json and chosen.json.exists():
-        records = {
-            tuple(r[k] for k in KEYS): r for r in json.loads(chosen.json.read_text())
-        }
     if chosen.tables:
-        print(tables(list(records.values())))
+        print(tables(list(read_records(chosen.json).values())))
         return
     if chosen.programs:
         chosen.programs.mkdir(parents=True, exist_ok=True)
-    with dumps() as folder:
-        for topology, size, batch in itertools.product(
-            chosen.topology, chosen.size, chosen.batch
+    jobs = list(all_jobs(chosen))
+    # libtpu takes its flags once a process. XLA's form compiles several times faster
+    # without the files that only kernels need.
+    for files in (False, True):
+        part = [job for job in jobs if needs_files(job) == files]
+        if part:
+            context = multiprocessing.get_context("spawn")
+            process = context.Process(target=measure_all, args=(chosen, part, files))
+            process.start()
+            process.join()
+            if process.exitcode:
+                sys.exit(process.exitcode)
+
+
+def all_jobs(chosen: argparse.Namespace) -> Iterator[tuple]:
+    """What a command asks for, as values of `KEYS`."""
+    for topology, size, batch in itertools.product(
+        chosen.topology, chosen.size, chosen.batch
+    ):
+        layers = chosen.layers or [*layer_names(size), "total"]
+        for what in itertools.product(
+            layers, chosen.directions, chosen.implementations
         ):
-            layers = chosen.layers or [*layer_names(size), "total"]
-            for what in itertools.product(
-                layers, chosen.directions, chosen.implementations
-            ):
-                record = measure(folder, chosen.programs, topology, size, batch, *what)
-                print(line(record), flush=True)
-                records[tuple(record[k] for k in KEYS)] = record
-                if chosen.json:
-                    text = json.dumps(list(records.values()), indent=1)
-                    new = chosen.json.with_suffix(".new")
-                    new.write_text(text + "\n")
-                    new.replace(chosen.json)
+            yield topology, size, batch, *what
+
+
+def needs_files(job: tuple) -> bool:
+    """Whether a count needs the compiler's files: those of kernels, and the scale's."""
+    return job[-1] == "pallas" or job[3] == SCALE
+
+
+def measure_all(chosen: argparse.Namespace, jobs: list[tuple], files: bool) -> None:
+    """Measure, print and keep; in a process of its own."""
+    with dumps() if files else nowhere() as folder:
+        for job in jobs:
+            record = measure(folder, chosen.programs, *job)
+            print(line(record), flush=True)
+            if chosen.json:
+                records = read_records(chosen.json) | {job: record}
+                text = json.dumps(list(records.values()), indent=1)
+                new = chosen.json.with_suffix(".new")
+                new.write_text(text + "\n")
+                new.replace(chosen.json)
+
+
+def read_records(path: Path | None) -> dict[tuple, dict]:
+    """The records of `--json` by `KEYS`; none where there is no file yet."""
+    if path is None or not path.exists():
+        return {}
+    return {tuple(r[k] for k in KEYS): r for r in json.loads(path.read_text())}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from jaxstyle.dualstylegan import style_weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from train import commands
-from train.evaluate import all_distances, describe
+from train.measures import all_distances, describe, spread
 
 STYLE = "cel"
 # Held-out heads have seed 1, as in train.evaluate.
@@ -225,11 +225,10 @@ def effects(drawn: dict[str, np.ndarray], judge) -> dict[str, dict[str, float]]:
     return found
 
 
-def spread(pictures: np.ndarray, judge) -> float:
+def apart(pictures: np.ndarray, judge) -> float:
     """Mean LPIPS between two of some pictures [n, h, w, 3]."""
-    own, n = describe(judge, pictures), len(pictures)
-    table = np.asarray(all_distances(judge, own, own))
-    return float((table.sum() - np.trace(table)) / (n * (n - 1)))
+    own = describe(judge, pictures)
+    return spread(np.asarray(all_distances(judge, own, own)))
 
 
 def measure_weights(options: Options) -> str:
@@ -258,9 +257,9 @@ def measure_weights(options: Options) -> str:
     for name, values in effects(drawn, judge).items():
         lines += f"| {name} | {values['shape']:.3f} | {values['color']:.3f} |\n"
     by_pair = drawn["both"].reshape(len(ids), FACES, *drawn["both"].shape[1:])
-    exemplars = np.mean([spread(by_pair[:, i], judge) for i in range(FACES)])
-    people = np.mean([spread(by_pair[i], judge) for i in range(len(ids))])
-    plain = spread(drawn["none"][:FACES], judge)
+    exemplars = np.mean([apart(by_pair[:, i], judge) for i in range(FACES)])
+    people = np.mean([apart(by_pair[i], judge) for i in range(len(ids))])
+    plain = apart(drawn["none"][:FACES], judge)
     lines += (
         f"\nLPIPS between two pictures: one face under two exemplars {exemplars:.3f}, "
         f"two faces under one exemplar {people:.3f}, two faces {plain:.3f}.\n"

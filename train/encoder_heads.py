@@ -42,8 +42,8 @@ from jaxstyle.encoding import (
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from train import commands
-from train.evaluate import all_distances, describe, own_nearer
 from train.heads_render import LABELS
+from train.measures import all_distances, describe, own_nearer
 
 # About 2.3 MB each in half precision, most of it in the heads of the rows.
 SMALL = (

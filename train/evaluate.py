@@ -56,10 +56,7 @@ OUT holds table.md, table.json, sheet.jpg and the runs, which go on where they s
 """
 
 import dataclasses
-import hashlib
 import json
-import re
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,13 +71,24 @@ from PIL import Image
 
 from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
-from jaxstyle.encoding import CROP_SIZE, Encoder, load_encoder
+from jaxstyle.encoding import CROP_SIZE
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
-from jaxstyle.invert import Search, invert, resize
+from jaxstyle.invert import Search
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import interpolate_features
-from train import commands, style_classifier
+from train import commands, inverters, style_classifier
+from train.measures import (
+    all_distances,
+    color_transfer,
+    describe,
+    faces,
+    markdown,
+    mean_cosine,
+    own_nearer,
+    spread,
+    style_distances,
+)
 
 EXAMPLES = weights.ASSETS / "examples"
 # Style: its reference, and whether `train.heads` draws the truth.
@@ -95,7 +103,6 @@ STYLES = {
 # What train.nada is told of a style, and train.heads draws.
 WORDS = {"cel": "a cartoon", "pencil": "a pencil drawing", "paint": "a painting"}
 TEACHERS = ("photo", *WORDS)
-LPIPS_SIZE = 256
 # A weight of the sweep may cost so much of weight 0's LPIPS.
 WORSE = 1.05
 
@@ -217,104 +224,6 @@ class Options:
     """Folder of the table, the sheet and the runs."""
 
 
-# What is measured
-
-
-def judge_size(pictures: Array) -> Array:
-    """Pictures [n, h, h, 3] at 256 px, bilinearly."""
-    return resize(jnp.asarray(pictures), LPIPS_SIZE)
-
-
-@jax.jit
-def describe(params: lpips.Params, pictures: Array) -> tuple[Array, ...]:
-    """LPIPS features of pictures [n, h, h, 3] at 256 px."""
-    return lpips.features(params, judge_size(pictures))
-
-
-@jax.jit
-def all_distances(params: lpips.Params, a: Sequence[Array], b: Sequence[Array]):
-    """LPIPS between all pictures of two sets by their features, [n, m]."""
-    rows = jax.lax.map(
-        lambda f: lpips.feature_distance(params, [x[None] for x in f], b), a
-    )
-    return rows
-
-
-def gram(feature: Array) -> Array:
-    """Gram matrices [n, c, c] of a feature [n, h, w, c] (Gatys et al. 2016, eq. 3)."""
-    pixels = feature.shape[1] * feature.shape[2]
-    return jnp.einsum("nhwc,nhwd->ncd", feature, feature) / pixels
-
-
-@jax.jit
-def style_distances(a: Sequence[Array], b: Sequence[Array]) -> Array:
-    """Relative squared distance of Gram matrices, mean over the layers: [n].
-
-    Args:
-      a: features of n pictures.
-      b: features of one.
-    """
-    total = 0.0
-    for x, y in zip(a, b, strict=True):
-        own, target = gram(x), gram(y)
-        apart = jnp.sum(jnp.square(own - target), (1, 2))
-        total += apart / jnp.sum(jnp.square(target), (1, 2))
-    return total / len(a)
-
-
-@partial(jax.jit, static_argnums=0)
-def _embed(module, params, pictures):
-    return module.apply({"params": params}, judge_size(pictures), method="embed")
-
-
-def faces(identity: judges.Judge, pictures: Array) -> np.ndarray:
-    """The identity network's unit vectors of pictures [n, h, h, 3]."""
-    return np.asarray(_embed(identity.module, identity.params, pictures))
-
-
-def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of unit vectors [n, width], row by row."""
-    return float(np.sum(a * b, -1).mean())
-
-
-def own_nearer(distances: np.ndarray) -> float:
-    """Share of pairs (i, j) in which truth i is nearer to picture i than truth j is.
-
-    Args:
-      distances: [n, n], picture i to truth j.
-    """
-    n = len(distances)
-    nearer = np.diagonal(distances)[:, None] < distances
-    return float(nearer.sum() / (n * (n - 1)))
-
-
-# lαβ of Reinhard et al. 2001, equations 4 to 6.
-_LMS = np.array(
-    [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
-)
-_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ [[1, 1, 1], [1, 1, -2], [1, -1, 0]]
-
-
-def color_transfer(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Pictures with the mean and deviation of the reference's lαβ channels.
-
-    Args:
-      pictures: [n, h, w, 3] in [-1, 1].
-      reference: [h, w, 3].
-    """
-
-    def to_lab(x):
-        rgb = np.clip(np.asarray(x, np.float64) / 2 + 0.5, 0, 1)
-        return np.log10(np.maximum(rgb @ _LMS.T, 1 / 256)) @ _LAB.T
-
-    source, target = to_lab(pictures), to_lab(reference)
-    mean, spread = source.mean((1, 2), keepdims=True), source.std((1, 2), keepdims=True)
-    moved = (source - mean) / np.maximum(spread, 1e-6) * target.std((0, 1))
-    lms = 10 ** ((moved + target.mean((0, 1))) @ np.linalg.inv(_LAB).T)
-    rgb = np.clip(lms @ np.linalg.inv(_LMS).T, 0, 1)
-    return (rgb * 2 - 1).astype(np.float32)
-
-
 # Pictures
 
 
@@ -345,65 +254,6 @@ def read(folder: Path, options: Options, size: int) -> np.ndarray:
     """Pictures [n, size, size, 3] of one kind."""
     files = [folder / f"{options.first + i:05d}.png" for i in range(options.n)]
     return np.stack([images.to_array(images.open_image(f), size) for f in files])
-
-
-class Inverter(NamedTuple):
-    """A way to find a photo's code.
-
-    Attributes:
-      search: by optimisation.
-      encoder: that finds it, or that the search begins with; None: the search alone.
-      refine: steps of the search that begins with the encoder's code.
-    """
-
-    search: Search = Search()
-    encoder: Encoder | None = None
-    refine: int = 0
-
-
-def parse_inverter(text: str, generator) -> Inverter | None:
-    """An inverter by its name on the command line; None: the average code.
-
-    Raises:
-      UserError: a search without steps, or not an encoder's folder.
-    """
-    if text == "mean":
-        return None
-    if found := re.fullmatch(r"(w|w_plus|z|z_plus)-([1-9]\d*)", text):
-        return Inverter(Search(space=found[1], steps=int(found[2])))
-    folder, _, steps = text.partition("+")
-    if steps and not steps.isdecimal():
-        raise UserError(
-            f"--inverters holds {text!r}; write an encoder's folder and steps as "
-            "runs/e4e+50"
-        )
-    return Inverter(Search(), load_encoder(folder, generator), int(steps or 0))
-
-
-def invert_photos(options: Options, generator, params, photos, how: Inverter) -> dict:
-    """Codes of the photos, kept in OUT, and the seconds that they took."""
-    encoder = how.encoder and weights.digest(how.encoder.params)
-    said = (weights.digest(params), how.search, encoder, how.refine, options.seed)
-    name = hashlib.sha256(repr((said, photos.tobytes())).encode()).hexdigest()[:16]
-    path = options.out / f"codes-{name}.npz"
-    if not path.exists():
-        find = partial(
-            invert,
-            generator,
-            params,
-            encoder=how.encoder or "optimize",
-            key=jax.random.key(options.seed),
-            batch=10,
-        )
-        # Once before, for the compiler: the number of steps is not compiled in.
-        brief = dataclasses.replace(how.search, steps=1)
-        find(photos, refine=min(how.refine, 1), search=brief, progress=False)
-        begin = time.monotonic()
-        found = find(photos, refine=how.refine, search=how.search)
-        seconds = time.monotonic() - begin
-        pipeline.write_codes(path, w_plus=found["w_plus"], seconds=seconds)
-    with np.load(path) as file:
-        return {"w_plus": file["w_plus"], "seconds": float(file["seconds"])}
 
 
 def train(options: Options, method: Method, style: str) -> dict:
@@ -553,10 +403,9 @@ def score(judge, pictures, style: Style) -> dict:
       style: what they are compared with.
     """
     own = describe(judge, pictures)
-    pairs, n = np.asarray(all_distances(judge, own, own)), len(pictures)
     values = {
         "style": float(style_distances(own, style.reference).mean()),
-        "pairs": float((pairs.sum() - np.trace(pairs)) / (n * (n - 1))),
+        "pairs": spread(np.asarray(all_distances(judge, own, own))),
     }
     if style.truth is not None:
         distances = np.asarray(all_distances(judge, own, style.truth))
@@ -579,13 +428,6 @@ COLUMNS = (
 )
 
 
-def _lines(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown of rows, the first being the titles."""
-    titles, *others = rows
-    rows = [titles, ["---"] * len(titles), *others]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 def table(records: Sequence[Mapping]) -> str:
     """Markdown of the records: one line a method and style, and means over styles."""
     rows = [["style", "method", *(title for _, _, title in COLUMNS)]]
@@ -593,7 +435,7 @@ def table(records: Sequence[Mapping]) -> str:
         values = [(record.get(key), form) for key, form, _ in COLUMNS]
         cells = ["" if v is None else format(v, form) for v, form in values]
         rows.append([record["style_name"], record["method"], *cells])
-    return _lines(rows)
+    return markdown(rows)
 
 
 def means(records: Sequence[Mapping]) -> list[dict]:
@@ -635,7 +477,7 @@ def sweep_table(option: str, rows: Mapping[float, Mapping]) -> str:
         cells = [format(row[key], form) for key, form, _ in columns]
         cells += [f"{row['lpips'] / plain:.3f}", "best" if value == best else ""]
         lines.append([f"{value:g}", *cells])
-    return _lines(lines)
+    return markdown(lines)
 
 
 def dual_exemplar(
@@ -691,82 +533,35 @@ def drawn_by(options: Options, generator, base, codes, plain, style, methods) ->
 
 
 def compare_inverters(
-    options: Options, generator, base, photos, large, styles, methods, judge, identity
+    options: Options, heads: inverters.Heads, styles, methods, judge, identity
 ) -> list[dict]:
-    """Records of `--inverters`, and their sheet OUT/inverters.jpg.
+    """The records of `--inverters`; their sheet is OUT/inverters.jpg.
 
-    Each has the LPIPS of the inversion to the photo, own nearer and same face, and the
-    seconds a photo; `truth` is the LPIPS to the truth of what the first method draws of
-    the codes, averaged over the styles that have one.
-
-    Args:
-      options: names of the inverters.
-      generator, base: the model.
-      photos: [n, size, size, 3].
-      large: the same photos as encoders read them, [n, 256, 256, 3].
-      styles, methods: of the table.
-      judge: LPIPS parameters.
-      identity: the identity network.
+    Their LPIPS to the truth is that of the first method's pictures, averaged over the
+    styles that have a truth.
     """
-    target, own = describe(judge, photos), faces(identity, photos)
-    names = [n for n in options.inverters.split(",") if n]
-    records, drawn = [], []
-    for name in names:
-        how = parse_inverter(name, generator)
-        if how is None:
-            mean = np.broadcast_to(base["w_avg"], (generator.num_ws, generator.w_dim))
-            codes = {"w_plus": np.repeat(mean[None], len(photos), 0), "seconds": 0.0}
-        else:
-            seen = photos if how.encoder is None else large
-            codes = invert_photos(options, generator, base, seen, how)
-        plain = pipeline.pictures(generator, base, codes["w_plus"])
-        distances = np.asarray(all_distances(judge, describe(judge, plain), target))
-        record = {
-            "inverter": name,
-            "lpips": float(np.diagonal(distances).mean()),
-            "identity": own_nearer(distances),
-            "cosine": mean_cosine(own, faces(identity, plain)),
-            "seconds": codes["seconds"] / len(photos),
-        }
-        first = dict(list(methods.items())[:1])
-        truths = []
-        for style in (s for s in styles if s.truths is not None):
-            made = drawn_by(
-                options, generator, base, codes["w_plus"], plain, style, first
-            )
-            truths += [
-                score(judge, made[n][0], style)["lpips"] for n in first if n in made
-            ]
-        if truths:
-            record["truth"] = float(np.mean(truths))
-        records.append(record)
-        drawn.append(plain)
-        print(f"{name}: LPIPS to the photos {record['lpips']:.3f}", flush=True)
-    shown = [i for i in options.sheet_heads if i < len(photos)]
-    cells = [x[i] for i in shown for x in (photos, *drawn)]
+    first = dict(list(methods.items())[:1])
+    known = [style for style in styles if style.truths is not None]
+
+    def truth(codes):
+        plain, found = pipeline.pictures(*heads[:2], codes), []
+        for style in known:
+            rows = drawn_by(options, *heads[:2], codes, plain, style, first)
+            drawn = [rows[name][0] for name in first if name in rows]
+            found += [score(judge, pictures, style)["lpips"] for pictures in drawn]
+        return float(np.mean(found)) if found else None
+
+    names = [name for name in options.inverters.split(",") if name]
+    records, drawn = inverters.compare(
+        names, heads, judge, identity, options.out, seed=options.seed, truth=truth
+    )
+    text = json.dumps(records, indent=1)
+    images.write_bytes(options.out / "inverters.json", text.encode())
+    shown = [i for i in options.sheet_heads if i < len(heads.photos)]
+    cells = [x[i] for i in shown for x in (heads.photos, *drawn)]
     sheet = images.grid(cells, 1 + len(names), column_labels=["photo", *names])
     images.save_image(options.out / "inverters.jpg", sheet)
     return records
-
-
-def inverter_table(records: Sequence[Mapping]) -> str:
-    """Markdown of the inverters; ratios are to the first."""
-    titles = ["inverter", "LPIPS to the photo", "of the first", "own nearer"]
-    lines = [[*titles, "same face", "s a photo", "LPIPS to the truth"]]
-    for record in records:
-        truth = record.get("truth")
-        lines.append(
-            [
-                record["inverter"],
-                f"{record['lpips']:.3f}",
-                f"{record['lpips'] / records[0]['lpips']:.2f}",
-                f"{record['identity']:.0%}",
-                f"{record['cosine']:.2f}",
-                f"{record['seconds']:.3f}",
-                "" if truth is None else f"{truth:.3f}",
-            ]
-        )
-    return _lines(lines)
 
 
 def write_sheet(options: Options, photos, styles, drawn, labels) -> None:
@@ -819,8 +614,10 @@ def evaluate(options: Options) -> list[dict]:
         ):
             if share := called(naming, pictures, name):
                 print(f"{name}: {share['called']:.0%} of the drawn are called so")
-    searched = Inverter(Search(space=options.space, steps=options.steps))
-    codes = invert_photos(options, generator, base, photos, searched)
+    how = inverters.Inverter(Search(space=options.space, steps=options.steps))
+    codes = inverters.invert_photos(
+        options.out, options.seed, generator, base, photos, how
+    )
     plain = pipeline.pictures(generator, base, codes["w_plus"])
     own = faces(identity, plain)
     for style in styles:
@@ -843,13 +640,9 @@ def evaluate(options: Options) -> list[dict]:
     text += f"\nInversion: {seconds:.1f} s a photo ({options.steps} steps).\n"
     if options.inverters:
         large = read(folder / "photo", options, CROP_SIZE)
-        found = compare_inverters(
-            options, generator, base, photos, large, styles, methods, judge, identity
-        )
-        text += "\n" + inverter_table(found)
-        images.write_bytes(
-            options.out / "inverters.json", json.dumps(found, indent=1).encode()
-        )
+        heads = inverters.Heads(generator, base, photos, large)
+        found = compare_inverters(options, heads, styles, methods, judge, identity)
+        text += "\n" + inverters.table(found)
     mean = {r["method"]: r for r in records if r["style_name"] == "mean"}
     if values and mean:
         rows = {value: mean[name] for value, name in values.items()}

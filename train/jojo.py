@@ -589,7 +589,9 @@ def learn(
     if options.run.compile_for:
         state, frozen = jax.eval_shape(make, *arrays)
     else:
-        state, frozen = sharding.built(make, mesh, rules, *arrays)
+        own = P("style") if options.separate else P()
+        specs = (P(), P(), own, own, P())
+        state, frozen = sharding.built(make, mesh, rules, *arrays, specs=specs)
     layers = keep_weights(options, generator.size)
     return fit(
         options,

@@ -165,6 +165,7 @@ def built(
     mesh: Mesh,
     rules: Sequence[tuple[str, P]],
     *args: Any,
+    specs: Sequence[P] = (),
 ) -> tuple[Any, Any]:
     """A run's state and frozen data, each device making only what it will hold.
 
@@ -174,8 +175,13 @@ def built(
       make: a pure function of `args`, giving both.
       mesh, rules: of the run.
       args: trees of arrays, equal on all processes.
+      specs: how the arrays of each are split; empty: not at all.
     """
-    args = place(args, jax.tree.map(lambda _: replicated(mesh), args))
+    wheres = [NamedSharding(mesh, spec) for spec in specs or [P()] * len(args)]
+    args = [
+        place(arg, jax.tree.map(lambda _, where=where: where, arg))
+        for arg, where in zip(args, wheres, strict=True)
+    ]
 
     def fresh(*args):
         state, frozen = make(*args)

@@ -70,7 +70,7 @@ def test_shape_and_color_are_told_apart():
     found = dual_heads.effects({"none": grey_faces, "both": other}, judge)
     assert found["both"]["color"] < 1e-6 and found["both"]["shape"] > 0.1
     same = np.repeat(faces[:1], 3, 0)
-    assert dual_heads.spread(same, judge) < 1e-5 < dual_heads.spread(faces, judge)
+    assert dual_heads.apart(same, judge) < 1e-5 < dual_heads.apart(faces, judge)
 
 
 def test_weights_of_a_style_are_measured(tmp_path, quick_compile):

@@ -11,7 +11,16 @@ from jaxstyle.errors import UserError
 from jaxstyle.features import judges
 from jaxstyle.features.identity import ArcFace
 from tests import dual_models, small_models
-from train import commands, evaluate, jojo, nada, style_classifier, stylegan2
+from train import (
+    commands,
+    evaluate,
+    inverters,
+    jojo,
+    measures,
+    nada,
+    style_classifier,
+    stylegan2,
+)
 
 
 def faces(n, size=32, seed=0):
@@ -22,17 +31,17 @@ def faces(n, size=32, seed=0):
 
 def test_own_nearer_counts_pairs():
     distances = np.array([[1.0, 2, 3], [2, 1, 0.5], [9, 9, 1]])
-    assert evaluate.own_nearer(distances) == pytest.approx(5 / 6)
+    assert measures.own_nearer(distances) == pytest.approx(5 / 6)
 
 
 def test_color_transfer_takes_the_colours():
     reference = faces(1, seed=1)[0] * 0.3
-    moved = evaluate.color_transfer(faces(2) * 0.3, reference)
+    moved = measures.color_transfer(faces(2) * 0.3, reference)
     for picture in moved:
         np.testing.assert_allclose(
             picture.mean((0, 1)), reference.mean((0, 1)), atol=0.05
         )
-    again = evaluate.color_transfer(reference[None], reference)[0]
+    again = measures.color_transfer(reference[None], reference)[0]
     np.testing.assert_allclose(again, reference, atol=1e-5)
 
 
@@ -40,21 +49,21 @@ def test_distances_are_lpips_and_the_style_is_nearest_to_itself():
     model, params = weights.load("lpips_alexnet")
     judge = params["lpips"]
     a, b = faces(2), faces(2, seed=1)
-    features = [evaluate.describe(judge, x) for x in (a, b)]
-    found = np.asarray(evaluate.all_distances(judge, *features))
-    sized = [evaluate.judge_size(x) for x in (a, b)]
+    features = [measures.describe(judge, x) for x in (a, b)]
+    found = np.asarray(measures.all_distances(judge, *features))
+    sized = [measures.judge_size(x) for x in (a, b)]
     expected = model.lpips.apply({"params": judge}, *sized)
     for i in range(2):
         np.testing.assert_allclose(found[i, i], expected[i], rtol=1e-5)
-    style = evaluate.style_distances(features[0], [f[:1] for f in features[0]])
+    style = measures.style_distances(features[0], [f[:1] for f in features[0]])
     assert style[0] < 1e-10 and style[1] > 1e-3
 
 
 def test_the_same_face_has_cosine_one():
     judge = judges.choose("identity")
-    a, b = (evaluate.faces(judge, faces(2, seed=i)) for i in (0, 1))
-    assert evaluate.mean_cosine(a, a) == pytest.approx(1, abs=1e-5)
-    assert evaluate.mean_cosine(a, b) == pytest.approx(np.trace(a @ b.T) / 2, abs=1e-5)
+    a, b = (measures.faces(judge, faces(2, seed=i)) for i in (0, 1))
+    assert measures.mean_cosine(a, a) == pytest.approx(1, abs=1e-5)
+    assert measures.mean_cosine(a, b) == pytest.approx(np.trace(a @ b.T) / 2, abs=1e-5)
 
 
 def test_the_best_value_of_a_sweep_costs_little_lpips():
@@ -221,16 +230,16 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
 def test_inverters_by_name(tmp_path):
     generator, _ = pipeline.load_generator(small_models.save_base(tmp_path / "base"))
     encoder = small_models.save_encoder(tmp_path / "enc")
-    assert evaluate.parse_inverter("mean", generator) is None
-    search = evaluate.parse_inverter("w_plus-40", generator)
-    assert search == evaluate.Inverter(evaluate.Search(space="w_plus", steps=40))
-    alone = evaluate.parse_inverter(encoder, generator)
+    assert inverters.parse("mean", generator) is None
+    search = inverters.parse("w_plus-40", generator)
+    assert search == inverters.Inverter(inverters.Search(space="w_plus", steps=40))
+    alone = inverters.parse(encoder, generator)
     assert alone.encoder.where == encoder and alone.refine == 0
-    assert evaluate.parse_inverter(f"{encoder}+50", generator).refine == 50
+    assert inverters.parse(f"{encoder}+50", generator).refine == 50
     with pytest.raises(UserError, match="enc\\+many.*runs/e4e\\+50"):
-        evaluate.parse_inverter("enc+many", generator)
+        inverters.parse("enc+many", generator)
     with pytest.raises(UserError, match="does not exist"):
-        evaluate.parse_inverter("w-0", generator)
+        inverters.parse("w-0", generator)
 
 
 @pytest.mark.slow

@@ -475,15 +475,15 @@ def test_styles_begin_on_their_own_devices(quick_compile):
     codes = jnp.zeros((10, len(GENERATOR.layer_names), 16))
     tx = optimizer(options)
 
-    def make(base, judge_params, pictures):
-        arrays = base, JUDGE, judge_params, pictures, codes
-        frozen = jojo.frozen_of(options, GENERATOR, *arrays)
+    def make(base, *arrays):
+        frozen = jojo.frozen_of(options, GENERATOR, base, JUDGE, *arrays)
         return jojo.start_state(options, base, tx), frozen
 
-    arrays = base, judge_params, pictures
+    arrays = base, judge_params, pictures, codes
+    specs = P(), P(), P("style"), P("style")
     mesh = make_mesh(style=2, devices=jax.devices()[:2])
     rules = jojo.sharding_rules(options)
-    state, frozen = sharding.built(make, mesh, rules, *arrays)
+    state, frozen = sharding.built(make, mesh, rules, *arrays, specs=specs)
     layout, of_frozen = sharding.layouts(state, frozen, mesh, rules)
     lies = jax.tree.map(lambda x, to: x.sharding == to, frozen, of_frozen)
     assert all(jax.tree.leaves(lies))
