@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from jax.experimental import multihost_utils
 
 import jaxstyle
 from jaxstyle.errors import UserError, one_line
+
+# How long to wait for the others; JAX's own limit is the same.
+JOIN_SECONDS = 300
 
 
 def signs_of_a_cluster() -> bool:
@@ -34,6 +38,26 @@ def signs_of_a_cluster() -> bool:
             return True
     chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+@contextlib.contextmanager
+def at_most(seconds: float, text: str) -> Iterator[None]:
+    """End the process with an error if what is inside takes longer.
+
+    JAX would abort it, with a trace of C++ that says nothing about why.
+    """
+
+    def give_up():
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def join_processes(distributed: str) -> None:
@@ -51,14 +75,21 @@ def join_processes(distributed: str) -> None:
         return
     env = os.environ
     count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
+    waited = (
+        f"the other processes have not joined within {JOIN_SECONDS} s; start the same "
+        "command on every host, and look there for one that stopped with an error, or "
+        "pass --distributed off to run this one alone"
+    )
     try:
-        jax.distributed.initialize(
-            env.get("JAX_COORDINATOR_ADDRESS"),
-            num_processes=int(count) if count else None,
-            process_id=int(index) if index else None,
-            # One that ends with an error of its own must not keep the others waiting.
-            shutdown_timeout_seconds=120,
-        )
+        with at_most(JOIN_SECONDS, waited):
+            jax.distributed.initialize(
+                env.get("JAX_COORDINATOR_ADDRESS"),
+                num_processes=int(count) if count else None,
+                process_id=int(index) if index else None,
+                initialization_timeout=JOIN_SECONDS + 60,
+                # One that ends with an error must not keep the others waiting.
+                shutdown_timeout_seconds=120,
+            )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"could not join the other processes ({error}); set "

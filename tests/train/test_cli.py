@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -74,3 +79,26 @@ def test_cluster_that_cannot_be_joined(monkeypatch):
         processes.join_processes("on")
     processes.join_processes("auto")
     processes.join_processes("off")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_that_waits_in_vain_says_so(index):
+    """Instead of JAX's own end, an abort with a trace of C++."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    env |= {"JAX_PROCESS_ID": str(index), "JAX_PLATFORMS": "cpu"}
+    code = (
+        "from train import processes as p; p.JOIN_SECONDS = 1; p.join_processes('on')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: the other processes have not joined within 1 s")
