@@ -1,3 +1,5 @@
+"""Options of every run, and the start of a command."""
+
 import os
 import socket
 import subprocess
