@@ -76,6 +76,39 @@ def test_run_folder(tmp_path):
         np.testing.assert_array_equal(loaded, kept)
 
 
+def test_data_travel_while_the_device_works(tmp_path, monkeypatch):
+    """Each batch is sent off before the step that came before it is done."""
+    compiled, given, losses, waits = loop._compile, loop.sharding.global_batch, [], []
+
+    def watched(*args):
+        def call(step):
+            def watch(*operands):
+                state, metrics = step(*operands)
+                losses.append(metrics["loss"])
+                return state, metrics
+
+            return watch
+
+        return [(every, call(step)) for every, step in compiled(*args)]
+
+    def send(batch, mesh):
+        waits.extend(not loss.is_ready() for loss in losses[-1:])
+        return given(batch, mesh)
+
+    def slow(state, frozen, batch):
+        x = jax.lax.fori_loop(
+            0, 60, lambda _, x: jax.numpy.tanh(x @ x), jax.numpy.eye(512)
+        )
+        bias = state.params["generator"]["mapping"]["dense_0"]["bias"]
+        return state, {"loss": x.sum() + batch["image"].mean() + bias.mean()}
+
+    monkeypatch.setattr(loop, "_compile", watched)
+    monkeypatch.setattr(loop.sharding, "global_batch", send)
+    monkeypatch.setattr(toy, "schedule", lambda *_: [(1, slow)])
+    toy.run(toy.options(tmp_path / "run", steps=8, log_every=100), mesh_of(1))
+    assert len(waits) == 7 and sum(waits) >= 6
+
+
 def test_every_entry_and_step_has_its_own_key(tmp_path):
     keys = []
 
