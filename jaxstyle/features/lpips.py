@@ -72,11 +72,9 @@ class LPIPS(nn.Module):
 
     def __call__(self, a: Array, b: Array) -> Array:
         """Distance [batch] of pictures [batch, height, width, 3] in [-1, 1]."""
-        both = self.features(jnp.concatenate([a, b]))
-        n = a.shape[0]
-        return feature_distance(
-            self.params, [f[:n] for f in both], [f[n:] for f in both]
-        )
+        # Not as one batch: of the half without a gradient none would be spared, and
+        # devices that share the batch would have to exchange their pictures.
+        return feature_distance(self.params, self.features(a), self.features(b))
 
 
 def features(

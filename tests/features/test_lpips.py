@@ -1,5 +1,7 @@
 """LPIPS against the original's values, with filled trunks and the real heads."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from jaxstyle import weights
 from jaxstyle.errors import UserError
 from jaxstyle.features.lpips import LPIPS
 from tests.filled import filled_state_dict, golden, relative_error
+from train import fits
+from train.sharding import batch_sharding, make_mesh, replicated
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,28 @@ def test_each_picture_is_judged_alone(key):
     for i in range(3):
         alone = module.apply(params, a[i : i + 1], b[i : i + 1])[0]
         np.testing.assert_allclose(alone, together[i], rtol=1e-5)
+
+
+def test_devices_that_share_a_batch_exchange_nothing(quick_compile):
+    module, mesh = LPIPS(), make_mesh(devices=jax.devices()[:2])
+    params = jax.eval_shape(lambda: module.init_params(key=jax.random.key(0)))
+    pictures = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    args = [
+        jax.tree.map(
+            lambda x, to=to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), arg
+        )
+        for arg, to in (
+            (params, replicated(mesh)),
+            *[(pictures, batch_sharding(mesh, 4))] * 2,
+        )
+    ]
+
+    def slope(params, a, b):
+        return jax.grad(lambda a: module.apply({"params": params}, a, b).sum())(a)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(slope).lower(*args).compile().as_text()
+    assert "convolution" in text and not re.findall(fits.COLLECTIVES, text)
 
 
 def test_refuses_what_it_cannot_judge(key):
