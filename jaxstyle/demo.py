@@ -22,6 +22,7 @@ from jaxstyle import images, weights
 from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
+from jaxstyle.invert import Search, for_photos
 from jaxstyle.options import parse
 from jaxstyle.stylize import (
     CROP_SIZE,
@@ -112,6 +113,7 @@ def main(args: list[str] | None = None) -> None:
         style.generator,
         style.base,
         encoder=choose_encoder("", style.base_name, style.generator),
+        search=for_photos(Search(), style.base_name),
         seed=options.seed,
         cache=epath.Path(options.out) / photo.stem,
     )

@@ -36,6 +36,7 @@ from jaxstyle.cache import use_compilation_cache
 from jaxstyle.dualstylegan import style_weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
+from jaxstyle.invert import for_photos
 from jaxstyle.options import parse
 from jaxstyle.stylize import (
     CROP_SIZE,
@@ -131,12 +132,13 @@ def end_code(text: str, options: Options, style: Style) -> tuple[np.ndarray, str
         return codes[:1], space
     size = max(CROP_SIZE, style.generator.size)
     crop, _ = prepare(epath.Path(text), size, options.align)
+    search = dataclasses.replace(DEFAULT_SEARCH, steps=options.steps)
     code = photo_code(
         images.to_array(crop),
         style.generator,
         style.base,
         encoder=choose_encoder(options.encoder, style.base_name, style.generator),
-        search=dataclasses.replace(DEFAULT_SEARCH, steps=options.steps),
+        search=for_photos(search, style.base_name),
         seed=options.seed,
         cache=epath.Path(options.out).parent / epath.Path(text).stem,
     )

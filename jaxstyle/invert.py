@@ -88,10 +88,10 @@ class Search:
     search_noise: float = 0.5
     """Noise on the code at the start, in standard deviations of w; it fades out over
     three quarters of the steps."""
-    pull: float = 0.5
+    pull: float | None = None
     """Weight of the squared distance, in standard deviations, from the average code
     (w) and of the rows from their common code (w_plus, z_plus). Less resembles the
-    photo more, more takes a style better."""
+    photo more, more takes a style better. None: what the model recommends, else 0.5."""
     mse: float = 1.0
     """Weight of the squared pixel differences beside LPIPS."""
     lpips: str = "lpips_alexnet"
@@ -99,9 +99,27 @@ class Search:
 
 
 DEFAULT = Search()
+PULL = 0.5
 _NUMBERS = ("steps", "search_lr", "search_noise", "pull", "mse")
 # Share of the steps in which a single code moves, before its rows may leave it.
 ROWS_FROM = 1 / 3
+
+
+def for_photos(search: Search, name: str) -> Search:
+    """A search in w_plus with the pull that a model recommends, if none is given.
+
+    A generator of few pictures draws a photo that is unlike them as a smear unless its
+    rows stay together.
+
+    Args:
+      search: what was asked for.
+      name: of the model's folder.
+    """
+    advice = weights.read_config(name)["metadata"].get("invert", {})
+    given = search.pull is not None or search.space != "w_plus"
+    if given or "pull" not in advice:
+        return search
+    return dataclasses.replace(search, pull=advice["pull"])
 
 
 def statistics(generator: Generator, params: Params) -> tuple[Array, Array]:
@@ -286,6 +304,8 @@ def optimize(
             f"[n, {size}, {size}, 3]"
         )
     targets = jnp.asarray(targets, jnp.float32)
+    if search.pull is None:
+        search = dataclasses.replace(search, pull=PULL)
     w_avg, sigma = jax.jit(statistics, static_argnums=0)(generator, params)
     features = jax.jit(lambda p, x: judge.apply({"params": p}, x, method="features"))(
         judge_params, for_lpips(targets)
@@ -689,7 +709,7 @@ def invert_batch(
         encoder=job.encoder or "optimize",
         restyle=options.restyle or RESTYLE,
         refine=options.refine,
-        search=options.search,
+        search=for_photos(options.search, generator_name(options)),
         key=jax.random.key(options.seed),
         batch=batch,
         snapshots=FRAMES if options.video else 0,

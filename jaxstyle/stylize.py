@@ -38,7 +38,7 @@ from jaxstyle.cache import use_compilation_cache
 from jaxstyle.encoding import Encoder, load_encoder
 from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
-from jaxstyle.invert import Search, invert
+from jaxstyle.invert import Search, for_photos, invert
 from jaxstyle.masks import parse_mask
 from jaxstyle.options import parse
 from jaxstyle.paths import place
@@ -496,7 +496,7 @@ def draw(
                 encoder=choose_encoder(
                     options.encoder, style.base_name, style.generator
                 ),
-                search=options.search,
+                search=for_photos(options.search, style.base_name),
                 seed=options.seed,
                 cache=stem.parent / name,
             )
@@ -570,7 +570,7 @@ def draw_overview(options: Options, names: Sequence[str]) -> None:
             generator,
             params,
             encoder=choose_encoder(options.encoder, name, generator),
-            search=options.search,
+            search=for_photos(options.search, name),
             seed=options.seed,
             cache=path.parent / options.photo.stem,
         )

@@ -219,6 +219,32 @@ def test_command_encodes(tmp_path, folders):
     np.testing.assert_allclose(alone["w_plus"][0], found["w_plus"][2], atol=1e-5)
 
 
+def test_a_model_recommends_a_pull_for_photos(tmp_path, folders):
+    model, params = weights.load(folders["base"])
+    advice = {"invert": {"pull": 7.0}}
+    weights.save(tmp_path / "wise", model, params, metadata=advice)
+    wise, plain = str(tmp_path / "wise"), folders["base"]
+    assert invert.for_photos(Search(), wise).pull == 7
+    assert invert.for_photos(Search(pull=0.5), wise).pull == 0.5
+    assert invert.for_photos(Search(space="w"), wise).pull is None
+    assert invert.for_photos(Search(), plain) == Search()
+    args = [folders["photos"], "--no-align", "--steps", "6", "--codes-only"]
+    spread = []
+    for name, base, more in (
+        ("a", plain, []),
+        ("b", wise, []),
+        ("c", wise, ["--pull", "0.5"]),
+        ("d", plain, ["--pull", "7"]),
+    ):
+        out = str(tmp_path / f"{name}.npz")
+        invert.main([*args, "--weights", base, "--out", out, *more])
+        with np.load(out) as file:
+            spread.append(file["w_plus"])
+    np.testing.assert_array_equal(spread[0], spread[2])
+    np.testing.assert_array_equal(spread[1], spread[3])
+    assert spread[1].std(1).mean() < spread[0].std(1).mean()
+
+
 def test_a_search_that_begins_with_the_encoders_code(tmp_path, folders):
     start = run(folders, "photos", "photo", tmp_path / "start")
     near = ["--refine", "1", "--search-lr", "1e-6"]

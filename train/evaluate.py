@@ -74,7 +74,7 @@ from jaxstyle.cache import use_compilation_cache
 from jaxstyle.encoding import CROP_SIZE
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
-from jaxstyle.invert import Search
+from jaxstyle.invert import Search, for_photos
 from jaxstyle.options import parse
 from jaxstyle.stylegan2 import interpolate_features
 from train import commands, inverters, style_classifier
@@ -614,7 +614,8 @@ def evaluate(options: Options) -> list[dict]:
         ):
             if share := called(naming, pictures, name):
                 print(f"{name}: {share['called']:.0%} of the drawn are called so")
-    how = inverters.Inverter(Search(space=options.space, steps=options.steps))
+    search = Search(space=options.space, steps=options.steps)
+    how = inverters.Inverter(for_photos(search, options.weights))
     codes = inverters.invert_photos(
         options.out, options.seed, generator, base, photos, how
     )
