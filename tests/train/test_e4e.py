@@ -18,7 +18,7 @@ from tests.train.test_loop import lines
 from train import e4e, encoding, optim
 from train.encoding import EncodingOptions, Setup
 
-base, faces, quick_compile = test_psp.base, test_psp.faces, test_psp.quick_compile
+base, faces = test_psp.base, test_psp.faces
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,9 @@ from jaxstyle.mapper import Mapper
 from tests.clip_models import SMALL, small_params
 from tests.small_models import save_base
 from tests.train.test_loop import lines
-from tests.train.test_psp import quick_compile
 from train import mapper
 from train.cli import RunOptions
 
-__all__ = ["quick_compile"]
 TEXT = "an old man"
 
 

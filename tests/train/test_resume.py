@@ -22,7 +22,7 @@ from train.encoding import EncodingOptions
 from train.resume import resume
 from train.state import create_state
 
-faces, quick_compile = test_psp.faces, test_psp.quick_compile
+faces = test_psp.faces
 PREFIX = "golden-v1/resume"
 
 

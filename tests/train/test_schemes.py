@@ -17,10 +17,7 @@ from tests.clip_models import SMALL
 from tests.small_models import save_base
 from tests.train import many
 from tests.train.test_loop import lines
-from tests.train.test_psp import quick_compile
 from train import dual_pretrain
-
-__all__ = ["quick_compile"]
 
 # What each scheme is run with, a word of which in braces is a path of `material`.
 ENCODER = (
