@@ -299,7 +299,7 @@ def classifier(options: Options, methods: Mapping[str, Method]) -> dict | None:
     """
     folder = teachers_folder(options)
     if not options.teachers:
-        if all(method.scheme == "jojo" for method in methods.values()):
+        if all(method.scheme in ("jojo", "dual") for method in methods.values()):
             return None
         if not folder.exists():
             command = ["-m", "train.heads", str(folder), "--n", str(options.teacher_n)]

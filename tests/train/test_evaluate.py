@@ -105,7 +105,7 @@ def save_teachers(folder, size=64):
     """Pictures of four styles that a glance tells apart."""
     folder.mkdir()
     for i, style in enumerate(evaluate.TEACHERS):
-        pictures = faces(6, size, seed=i) * 20 + 30 + 60 * i
+        pictures = faces(8, size, seed=i) * 20 + 30 + 60 * i
         np.save(folder / f"{style}.npy", pictures.astype(np.uint8))
     return folder
 
@@ -118,7 +118,7 @@ def test_the_classifier_learns_styles(tmp_path):
     assert evaluate.called(judge, pictures, "pencil") == {"called": 1.0}
     assert evaluate.called(judge, pictures, "cel") == {"called": 0.0}
     assert evaluate.called(judge, pictures, "lorelei") == {}
-    assert style_classifier.named(judge, pictures[:, ::2, ::2]).shape == (6,)
+    assert style_classifier.named(judge, pictures[:, ::2, ::2]).shape == (8,)
     plain = evaluate.Options(out=tmp_path)
     assert evaluate.classifier(plain, {"jojo": evaluate.METHODS["jojo"]}) is None
     (folder / "cel.npy").unlink()
