@@ -124,7 +124,6 @@ def weights_sheet(
     cells = []
     for face in faces:
         for exemplar in exemplars:
-            whole = exemplar._replace(weights=style_weights())
             cells += [
                 draw(exemplar._replace(weights=NOTHING), generator, base, face),
                 dual_style.portrait(exemplar, generator, base),
@@ -133,7 +132,7 @@ def weights_sheet(
                 draw(exemplar._replace(weights=w), generator, base, face)
                 for w in WEIGHTS.values()
             ]
-            kept = whole._replace(keep_color=True)
+            kept = exemplar._replace(keep_color=True)
             cells.append(draw(kept, generator, base, face))
     return images.grid(cells, len(labels), column_labels=labels)
 
@@ -148,9 +147,8 @@ def moves_sheet(
     """From one face to the other, from one exemplar to the other, and both."""
     way = line(faces[0], faces[1], n)
     others = line(exemplars[0].code, exemplars[1].code, n)
-    whole = exemplars[0]._replace(weights=style_weights())
     cells = [
-        draw(whole._replace(code=other), generator, base, face)
+        draw(exemplars[0]._replace(code=other), generator, base, face)
         for pairs in (
             [(face, others[0]) for face in way],
             [(way[0], other) for other in others],

@@ -42,7 +42,7 @@ from jaxstyle.dualstylegan import style_weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from train import commands
-from train.measures import all_distances, describe, spread
+from train.measures import all_distances, describe, markdown, spread
 
 STYLE = "cel"
 # Held-out heads have seed 1, as in train.evaluate.
@@ -253,9 +253,10 @@ def measure_weights(options: Options) -> str:
         )
         codes = np.stack([face for _, face in pairs])
         drawn[name] = dual_style.pictures(exemplar, generator, base, codes, batch=6)
-    lines = "| weights | shape | color |\n| --- | --- | --- |\n"
+    rows = [["weights", "shape", "color"]]
     for name, values in effects(drawn, judge).items():
-        lines += f"| {name} | {values['shape']:.3f} | {values['color']:.3f} |\n"
+        rows.append([name, f"{values['shape']:.3f}", f"{values['color']:.3f}"])
+    lines = markdown(rows)
     by_pair = drawn["both"].reshape(len(ids), FACES, *drawn["both"].shape[1:])
     exemplars = np.mean([apart(by_pair[:, i], judge) for i in range(FACES)])
     people = np.mean([apart(by_pair[i], judge) for i in range(len(ids))])

@@ -43,7 +43,7 @@ from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from train import commands
 from train.heads_render import LABELS
-from train.measures import all_distances, describe, own_nearer
+from train.measures import all_distances, describe, markdown, own_nearer
 
 # About 2.3 MB each in half precision, most of it in the heads of the rows.
 SMALL = (
@@ -266,13 +266,12 @@ def measure(options: Options, name: str, judge: Any) -> list[dict]:
 
 def table(records: Sequence[dict]) -> str:
     """Markdown of the tasks."""
-    lines = "| task | LPIPS | average head | ratio | own nearer | input as it is |\n"
-    lines += "| --- | --- | --- | --- | --- | --- |\n"
+    rows = [["task", "LPIPS", "average head", "ratio", "own nearer", "input as it is"]]
     for r in records:
+        cells = [f"{r['lpips']:.3f}", f"{r['average']:.3f}", f"{r['ratio']:.2f}"]
         left = f"{r['input']:.3f}" if "input" in r else ""
-        lines += f"| {r['task']} | {r['lpips']:.3f} | {r['average']:.3f} "
-        lines += f"| {r['ratio']:.2f} | {r['identity']:.0%} | {left} |\n"
-    return lines
+        rows.append([r["task"], *cells, f"{r['identity']:.0%}", left])
+    return markdown(rows)
 
 
 def compare_inverters(options: Options, names: Sequence[str]) -> str:
