@@ -39,8 +39,9 @@ CHIPS = {
     "v5p": (1.75, 2765, 8 * 128**2),
     "v6e": (1.75, 1640, 4 * 256**2),
 }
-# Rows that one matrix multiplication instruction takes. The second form follows one of
-# the first on the same rows; so counted, every kernel's sum is its arithmetic's.
+# Rows that one matrix multiplication instruction takes, of bfloat16; half as many fit a
+# register in float32. The second form follows one of the first on the same rows; so
+# counted, every kernel's sum is its arithmetic's.
 MATMUL_ROWS = {"vmatmul": 16, "vmatmul.lmr": 8}
 DTYPE_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 # The layer whose convolution waits for the matrix units even in XLA.
@@ -146,8 +147,9 @@ def read_kernel(folder: Path, name: str) -> Kernel:
     bundles += sum(times - 1 for times, _ in counted)
     rows = Counter()
     for times, line in counted:
-        for kind, unit in re.findall(r"(vmatmul(?:\.lmr)?)[\w.]*mxu(\d)", line):
-            rows[unit] += times * MATMUL_ROWS[kind]
+        found = re.findall(r"(vmatmul(?:\.lmr)?)([\w.]*)mxu(\d)", line)
+        for kind, form, unit in found:
+            rows[unit] += times * MATMUL_ROWS[kind] // (1 + (".f32." in form))
     slots = text("final_hlo-static-per-bundle-utilization")
     names, used = slots.split("== UTILIZATION:")
     spill = names.split("\n")[1].split(", ").index("VSTORE:SPILL")

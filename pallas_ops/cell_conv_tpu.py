@@ -341,11 +341,13 @@ def _weight_kernel(*refs, names, sided, packing):
     _write_operands(operands, [ref[n] for n in PICTURE], None, sided=sided, split=1)
     block = g.shape[1]
     _, rows_out, split = out.shape[:3]
+    begins = pl.program_id(2) == 0
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        out[...] = jnp.zeros(out.shape, out.dtype)
-        sums[...] = jnp.zeros(sums.shape, sums.dtype)
+    def add(ref, index, value, first):
+        """Begins with what a picture's first turn finds first."""
+        # A select hides behind the matrix products; zeros stored beforehand do not.
+        so_far = jnp.where(begins, 0.0, ref[index]) if first else ref[index]
+        ref[index] = so_far + value
 
     def columns(i, s):
         found = _columns(g[0, i, s], split)
@@ -354,26 +356,30 @@ def _weight_kernel(*refs, names, sided, packing):
             found = [_sloped(c, z) for c, z in zip(found, signs, strict=True)]
         return found
 
+    if "noise" not in ref:
+        sums[0, 1] = jnp.zeros(sums.shape[2:], sums.dtype)
     for s in range(rows_out):
         rows = [columns(i, s) for i in range(block)]
         for m in range(split):
             for i, row in enumerate(rows):
                 cells = row[m]
-                sums[0, 0] += jnp.sum(cells, 0)
+                first = s == m == i == 0
+                add(sums, (0, 0), jnp.sum(cells, 0), first)
                 if "noise" in ref:
-                    first = (pl.program_id(2) * block + i) * rows_out + s
-                    first = first * packing * split + m * packing
-                    noise = _noise(ref["noise"], first, cells.shape[1], packing)
-                    sums[0, 1] += jnp.sum(cells * noise, 0)
+                    lane = (pl.program_id(2) * block + i) * rows_out + s
+                    lane = lane * packing * split + m * packing
+                    noise = _noise(ref["noise"], lane, cells.shape[1], packing)
+                    add(sums, (0, 1), jnp.sum(cells * noise, 0), first)
             pixels = jnp.concatenate([row[m].astype(g.dtype) for row in rows], 0)
             for r, y, t in _taps(operands):
-                out[0, s, m, r, y, t] += lax.dot_general(
+                product = lax.dot_general(
                     _operand(operands, t, y, r, block),
                     pixels,
                     (((0,), (0,)), ((), ())),
                     preferred_element_type=jnp.float32,
                     precision=_precision(g.dtype),
                 )
+                add(out, (0, s, m, r, y, t), product, True)
 
 
 def weight_gradient(

@@ -5,6 +5,7 @@ demodulation scales the output's. That equals one weight a sample and needs half
 the memory traffic.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -14,11 +15,15 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_ops import modulated_conv_tpu as tpu
-from pallas_ops.cells import pack, unpack
+from pallas_ops.cells import LANES, pack, unpack
 from pallas_ops.convolution import conv2d, downsample_conv2d, up_conv2d
 
 # Smallest output a kernel is the default for: below, XLA's convolutions are as fast.
 KERNEL_FROM = 32
+# Pictures a chip that XLA lays out as the rows of a register; its convolutions of 128
+# channels or more then come close to the chip's limit, up to so many pixels a side.
+WHOLE_BATCH = 8
+WHOLE_BATCH_CONV, WHOLE_BATCH_RESAMPLED = 64, 128
 # Axes of a mesh that a batch is split over.
 BATCH = ("data", "fsdp")
 
@@ -103,14 +108,67 @@ def _demodulation(weight: Array, style: Array) -> Array:
     return lax.rsqrt(jnp.square(style) @ energy + 1e-8)
 
 
+def _whole_batch(batch: int) -> bool:
+    """Whether a chip's part of a batch fills the rows of registers."""
+    return batch // _parts(batch) % WHOLE_BATCH == 0
+
+
+def _kernel_pays(shape, weight, up: bool, down: bool) -> bool:
+    """Whether the kernel is the faster one, by the compiler's count.
+
+    Its blur lies in its taps, 36 a pixel of the smaller picture instead of 9, and a 1×1
+    skip has as many: where XLA lays out well, it halves pictures faster.
+    """
+    size = shape[1] * (1 + up)
+    if down and min(weight[2:]) >= LANES:
+        if weight[0] == 1:
+            return False
+        if _whole_batch(shape[0]) and size <= WHOLE_BATCH_RESAMPLED:
+            return False
+    return size >= KERNEL_FROM * (1 + down)
+
+
+def _kernel_gradient_pays(shape, weight, up: bool) -> bool:
+    """Whether that holds with the backward pass too.
+
+    The kernels' comes from the gradient of each picture's own weight. Where pictures
+    are small, many of them mean more traffic than XLA's has, and at 32 px even that of
+    one picture outweighs the two convolutions. Of styles side by side each has
+    weights of its own anyway.
+    """
+    size, batch = shape[1] * (1 + up), shape[0] // _parts(shape[0])
+    if min(weight[2:]) < LANES or _styles_side_by_side():
+        return True
+    if _whole_batch(shape[0]):
+        return size > (WHOLE_BATCH_RESAMPLED if up else WHOLE_BATCH_CONV)
+    return batch > 1 or up or size > KERNEL_FROM
+
+
+def _styles_side_by_side() -> bool:
+    """Whether this is mapped over an axis `style`, by `vmap` or `shard_map`."""
+    try:
+        lax.axis_size("style")
+    except NameError:
+        return False
+    return True
+
+
+def _with_gradient_of(function, other):
+    """`function`; but where its gradient is wanted, `other`, which equals it."""
+    either = jax.custom_vjp(function)
+    either.defvjp(lambda *args: jax.vjp(other, *args), lambda pull, g: pull(g))
+    return either
+
+
 def _pick(shape, weight, up, down, packing, implementation):
     """The implementation for an input of this shape, and its output's packing."""
+    preferred = _kernel_pays(shape, weight, up, down)
     if implementation != "xla" and down and weight[0] == 1:
         weight = 3, 3, *weight[2:]
     picked = pick_implementation(
         implementation,
         unsupported=tpu.unsupported(shape, weight, up=up, down=down, packing=packing),
-        preferred=shape[1] * (1 + up) >= KERNEL_FROM * (1 + down),
+        preferred=preferred,
     )
     if picked == "xla":
         return picked, 1
@@ -184,26 +242,49 @@ def modulated_conv2d(
     picked, computed = _pick(
         x.shape, weight.shape, up, False, packing[0], implementation
     )
-    if picked == "pallas":
-        scale = jnp.ones((x.shape[0], weight.shape[3]))
+
+    def scales(weight, style):
         if demodulate:
-            scale = _demodulation(weight, style)
+            return _demodulation(weight, style)
+        return jnp.ones((x.shape[0], weight.shape[3]))
+
+    def by_kernel(x, weight, style, *others):
         run = partial(tpu.modulated_conv, up=up, packing=packing[0])
-        y = _over_mesh(run, x, weight, style, scale, noise, noise_strength, bias)
-    else:
-        y = (_scaled_up_conv if up else _scaled_conv)(
-            unpack(x, packing[0]), style, weight
-        )
+        return _over_mesh(run, x, weight, style, scales(weight, style), *others)
+
+    def by_xla(x, weight, style, noise, strength, bias):
+        convolve = _scaled_up_conv if up else _scaled_conv
+        y = convolve(unpack(x, packing[0]), style, weight)
         if demodulate:
-            scale = _demodulation(weight, style)
-            y = y * scale[:, None, None, :].astype(y.dtype)
+            y = y * scales(weight, style)[:, None, None, :].astype(y.dtype)
         if noise is not None:
-            if noise_strength is not None:
-                noise = noise_strength * noise
+            noise = noise if strength is None else strength * noise
             y = y + noise[..., None].astype(y.dtype)
-        if bias is not None:
-            y = fused_leaky_relu(y, bias)
+        return y if bias is None else fused_leaky_relu(y, bias)
+
+    run = by_kernel if picked == "pallas" else by_xla
+    if picked == "pallas" and implementation is None:
+        if not _kernel_gradient_pays(x.shape, weight.shape, up):
+            run = _with_gradient_of(by_kernel, by_xla)
+    y = run(x, weight, style, noise, noise_strength, bias)
     return y if packing[1] == computed else pack(unpack(y, computed), packing[1])
+
+
+def _parts(batch: int) -> int:
+    """Devices that share a batch: 1 where it cannot be split evenly."""
+    parts = math.prod(_batch_axes().values())
+    return 1 if batch % parts else parts
+
+
+def _batch_axes() -> dict[str, int]:
+    """The axes of the mesh in use that a batch is split over, and their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {
+        name: mesh.shape[name]
+        for name in BATCH
+        if kinds.get(name) == AxisType.Auto and mesh.shape[name] > 1
+    }
 
 
 def _over_mesh(run, x, weight, style, scale, noise, strength, bias):
@@ -218,14 +299,10 @@ def _over_mesh(run, x, weight, style, scale, noise, strength, bias):
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     ]
-    axes = tuple(n for n in BATCH if n in free and mesh.shape[n] > 1)
-    parts = 1
-    for name in axes:
-        parts *= mesh.shape[name]
     args = x, weight, style, scale, noise, strength, bias
     if not free or mesh.size == 1:
         return run(*args)
-    split = P(axes) if axes and x.shape[0] % parts == 0 else P()
+    split = P(tuple(_batch_axes())) if _parts(x.shape[0]) > 1 else P()
     noise_split = split if noise is not None and noise.shape[0] > 1 else P()
     specs = split, P(), split, split, noise_split, P(), P()
     # Styles may be split by hand already; then the other axes must be too, even those
@@ -270,20 +347,27 @@ def activated_conv2d(
     picked, computed = _pick(
         x.shape, weight.shape, False, down, packing[0], implementation
     )
-    if picked == "pallas":
+
+    def by_kernel(x, weight, bias):
         if weight.shape[0] == 1:
             # The blur of a 1×1 lies where that of a 3×3 meets its middle tap.
             weight = jnp.pad(weight, ((1, 1), (1, 1), (0, 0), (0, 0)))
         style = jnp.ones((x.shape[0], weight.shape[2]))
         scale = jnp.full((x.shape[0], weight.shape[3]), gain)
         run = partial(tpu.modulated_conv, down=down, packing=packing[0])
-        y = _over_mesh(run, x, weight, style, scale, None, None, bias)
-    else:
+        return _over_mesh(run, x, weight, style, scale, None, None, bias)
+
+    def by_xla(x, weight, bias):
         x = unpack(x, packing[0])
         y = (downsample_conv2d if down else conv2d)(x, weight)
         y = y * jnp.asarray(gain, x.dtype)
-        if bias is not None:
-            y = fused_leaky_relu(y, bias)
+        return y if bias is None else fused_leaky_relu(y, bias)
+
+    run = by_kernel if picked == "pallas" else by_xla
+    if picked == "pallas" and implementation is None and not down:
+        if not _kernel_gradient_pays(x.shape, weight.shape, False):
+            run = _with_gradient_of(by_kernel, by_xla)
+    y = run(x, weight, bias)
     return y if packing[1] == computed else pack(unpack(y, computed), packing[1])
 
 

@@ -31,11 +31,11 @@ def side_by_side(one: Any, *, own_draws: bool = True) -> Any:
     """
     mesh = jax.sharding.get_abstract_mesh()
     draws = 0 if own_draws else None
-    many = jax.vmap(one, in_axes=(0, 0, 0, draws, None, None))
+    in_axes = 0, 0, 0, draws, None, None
     if mesh.empty or mesh.shape["style"] == 1:
-        return many
+        return jax.vmap(one, in_axes, axis_name="style")
     return jax.shard_map(
-        many,
+        jax.vmap(one, in_axes),
         in_specs=(P("style"),) * 3 + (P("style") if own_draws else P(), P(), P()),
         out_specs=P("style"),
         axis_names={"style"},

@@ -1,11 +1,21 @@
 """The TPU kernels against `reference.py`, interpreted; and what guards them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
-from pallas_ops import cell_conv_tpu, modulated_conv, modulated_conv_tpu, reference
+from pallas_ops import (
+    activated_conv2d,
+    cell_conv_tpu,
+    modulated_conv,
+    modulated_conv2d,
+    modulated_conv_tpu,
+    reference,
+)
 from pallas_ops.cells import pack, packing_of, unpack
 from tests.pallas_ops.test_ops import assert_near, normal
 
@@ -221,3 +231,110 @@ def test_down(channels, outputs, k):
     )
     for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_near(a, e, 9 * channels + weights[..., 0].size, 25)
+
+
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Choices fall as on a TPU; kernels are interpreted."""
+    monkeypatch.setattr(modulated_conv, "_platform", lambda: "tpu")
+    run = partial(modulated_conv_tpu.modulated_conv, interpret=True)
+    monkeypatch.setattr(modulated_conv_tpu, "modulated_conv", run)
+
+
+def kernels(function, *args) -> int:
+    return str(jax.make_jaxpr(function)(*args)).count("pallas_call[")
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "up", "gradient"),
+    [
+        (8, 32, False, False),
+        (8, 64, False, False),
+        (8, 128, False, True),
+        (8, 128, True, False),
+        (8, 256, True, True),
+        (1, 32, False, False),
+        (1, 32, True, True),
+        (4, 32, False, True),
+    ],
+)
+def test_gradients_by_the_faster(as_on_a_tpu, batch, size, up, gradient):
+    """Kernels forward; with the backward pass too where they are faster then."""
+    inside = size // (1 + up)
+    x, weight = normal(0, batch, inside, inside, 128), normal(1, 3, 3, 128, 128)
+    style, bias = 1 + normal(2, batch, 128), normal(3, 128)
+
+    def layer(*args, **options):
+        return modulated_conv2d(*args, up=up, bias=bias, **options)
+
+    def gradients(*args, **options):
+        return jax.grad(lambda *a: jnp.sum(layer(*a, **options)), range(3))(*args)
+
+    args = x, weight, style
+    assert kernels(layer, *args) > 0
+    assert (kernels(gradients, *args) > 0) == gradient
+    # Nobody's choice is overruled, and styles side by side have weights of their own.
+    assert kernels(partial(gradients, implementation="pallas"), *args) > 0
+    assert kernels(partial(gradients, implementation="xla"), *args) == 0
+    many = jax.vmap(gradients, axis_name="style")
+    assert kernels(many, *(a[None] for a in args)) > 0
+    convolve = partial(activated_conv2d, bias=bias)
+    if not up:
+        assert kernels(convolve, x, weight) > 0
+        slopes = jax.grad(lambda *a: jnp.sum(convolve(*a)))
+        assert (kernels(slopes, x, weight) > 0) == gradient
+
+
+def test_gradient_of_another(as_on_a_tpu):
+    """The two agree: forward by the kernel, both derivatives by the other."""
+    args = normal(0, 1, 32, 32, 128), normal(1, 3, 3, 128, 128) / 34, normal(2, 1, 128)
+    noise, bias = normal(3, 1, 32, 32), normal(4, 128)
+    weights = normal(5, 1, 32, 32, 128)
+
+    def layer(implementation, *args):
+        return modulated_conv2d(
+            *args, noise=noise, bias=bias, implementation=implementation
+        )
+
+    def norm(implementation):
+        first = jax.grad(scalar(partial(layer, implementation), weights), range(3))
+        return lambda *a: sum(jnp.sum(jnp.square(g)) for g in first(*a))
+
+    ours, expected = jax.jit(partial(layer, None)), jax.jit(partial(layer, "xla"))
+    assert_near(ours(*args), expected(*args), 9 * 128)
+    got, want = (jax.jit(jax.grad(norm(i), range(3)))(*args) for i in (None, "xla"))
+    for a, e in zip(got, want, strict=True):
+        assert_near(a, e, 9 * 128, 25)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "k", "channels", "taken"),
+    [
+        (4, 128, 3, 128, True),
+        (8, 128, 3, 128, False),
+        (8, 256, 3, 128, True),
+        (4, 256, 1, 128, False),
+        (4, 512, 1, 64, True),
+    ],
+)
+def test_halved_by_the_faster(as_on_a_tpu, batch, size, k, channels, taken):
+    packing = packing_of(channels)
+    x = normal(0, batch, size, size // packing, packing * channels)
+    weight = normal(1, k, k, channels, 128)
+    halve = partial(activated_conv2d, bias=None, down=True, packing=(packing, 1))
+    assert (kernels(halve, x, weight) > 0) == taken
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_batch_of_a_chip(as_on_a_tpu, devices):
+    """Choices go by a chip's part of the batch, not by the whole."""
+    x, weight = normal(0, 32, 32, 32, 128), normal(1, 3, 3, 128, 128)
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
+
+    def slopes(x, weight):
+        layer = partial(modulated_conv2d, style=jnp.ones((len(x), 128)))
+        return jax.grad(lambda x: jnp.sum(layer(x, weight)))(x)
+
+    for pictures, taken in ((8 * devices, False), (4 * devices, True)):
+        with jax.set_mesh(mesh):
+            assert (kernels(slopes, x[:pictures], weight) > 0) == taken
