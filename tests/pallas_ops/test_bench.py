@@ -64,6 +64,16 @@ def test_loop_within_a_turn(tmp_path):
     assert kernel == bench.Kernel(32, 100 + 2 * 2, (1 + 3) * 16, 2)
 
 
+def test_rows_of_float32(tmp_path):
+    """Half as many fit a register, whatever the instruction is told besides."""
+    code = FILES["final_bundles"]
+    for form in ("", ".msk"):
+        wide = code.replace("vmatmul.bf16", f"vmatmul{form}.f32")
+        write(tmp_path, "conv.1", FILES | {"final_bundles": wide})
+        # Two of 8 rows, and 8 of the second form, which stays as it was.
+        assert bench.read_kernel(tmp_path, "conv.1").matmul_rows == 8 + 8 + 8
+
+
 def test_unresolved_loop(tmp_path):
     """A loop in the body would be counted once: refused."""
     code = FILES["final_bundles"] + "  0x10 LB: >> { %p = vnop }\n"
@@ -140,10 +150,4 @@ def test_targets():
     pairs = [(by_key.get((*k[:5], "xla")), r) for k, r in by_key.items()]
     pairs = [(x, r) for x, r in pairs if x and r["implementation"] == "pallas"]
     slower = [r for x, r in pairs if r["ms"] > 1.001 * x["ms"]]
-    # Of four pictures none; of one or eight with the backward pass, as the page says.
-    eight = ("up_32", "conv_32", "up_64", "conv_64", "up_128")
-    known = {(size, 8, layer) for size in (256, 1024) for layer in eight}
-    known |= {(256, 8, "total"), (256, 1, "conv_32"), (1024, 1, "conv_32")}
-    assert len(pairs) >= 240
-    assert {(r["size"], r["batch"], r["layer"]) for r in slower} == known
-    assert {r["direction"] for r in slower} == {"forward+backward"}
+    assert len(pairs) >= 240 and not slower

@@ -25,10 +25,12 @@ LAYERS = {
     "conv_1024": (32, 32, False, 64),
     "conv_512": (64, 64, False, 32),
     "conv_256": (128, 128, False, 16),
+    "conv_128": (256, 256, False, 16),
     "conv_64": (512, 512, False, 16),
     "up_1024": (64, 32, True, 32),
     "up_512": (128, 64, True, 16),
     "up_256": (256, 128, True, 16),
+    "up_128": (512, 256, True, 16),
     "up_64": (512, 512, True, 16),
 }
 
@@ -182,9 +184,14 @@ def test_vmap():
         assert_near(a, e, 9 * 64, 25)
 
 
-@pytest.mark.parametrize(("name", "height"), [("conv_512", 3), ("up_256", 2)])
+@pytest.mark.parametrize(
+    ("name", "height"), [("conv_512", 3), ("conv_128", 3), ("up_128", 3)]
+)
 def test_no_races(name, height, capsys):
-    """Of both kernels' own writes and of their blocks' transfers, backward too."""
+    """Of every kernel's own writes and of its blocks' transfers, backward too.
+
+    Three blocks of rows, and two of outputs from 256 channels.
+    """
     up, args = LAYERS[name][2], arguments(name, 1, height)
     params = pltpu.InterpretParams(detect_races=True)
     weights = normal(5, *jax.eval_shape(specified(up), *args).shape)
