@@ -145,7 +145,9 @@ def _kernel_gradient_pays(shape, weight, up: bool) -> bool:
 
 
 def _styles_side_by_side() -> bool:
-    """Whether this is mapped over an axis `style`, by `vmap` or `shard_map`."""
+    """Whether this is mapped over an axis `style`, of a mesh or of `vmap` alone."""
+    if jax.sharding.get_abstract_mesh().shape.get("style", 1) > 1:
+        return True
     try:
         lax.axis_size("style")
     except NameError:

@@ -332,16 +332,28 @@ def test_halved_by_the_faster(as_on_a_tpu, batch, size, k, channels, taken):
     assert (kernels(halve, x, weight) > 0) == taken
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_batch_of_a_chip(as_on_a_tpu, devices):
-    """Choices go by a chip's part of the batch, not by the whole."""
-    x, weight = normal(0, 32, 32, 32, 128), normal(1, 3, 3, 128, 128)
-    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
+@pytest.mark.parametrize(
+    ("axes", "batch", "taken"),
+    [
+        ({"data": 1}, 8, False),
+        ({"data": 4}, 32, False),
+        ({"data": 4}, 16, True),
+        ({"data": 4}, 8, True),
+        # Four do not divide it: nothing is split.
+        ({"data": 4}, 6, True),
+        ({"style": 2, "data": 1}, 8, True),
+    ],
+    ids=str,
+)
+def test_batch_of_a_chip(as_on_a_tpu, axes, batch, taken):
+    """Choices go by a chip's part of the batch; styles over chips keep the kernels."""
+    x, weight = normal(0, batch, 32, 32, 128), normal(1, 3, 3, 128, 128)
+    auto = (AxisType.Auto,) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), auto)
 
     def slopes(x, weight):
         layer = partial(modulated_conv2d, style=jnp.ones((len(x), 128)))
         return jax.grad(lambda x: jnp.sum(layer(x, weight)))(x)
 
-    for pictures, taken in ((8 * devices, False), (4 * devices, True)):
-        with jax.set_mesh(mesh):
-            assert (kernels(slopes, x[:pictures], weight) > 0) == taken
+    with jax.set_mesh(mesh):
+        assert (kernels(slopes, x, weight) > 0) == taken
