@@ -108,11 +108,6 @@ def _demodulation(weight: Array, style: Array) -> Array:
     return lax.rsqrt(jnp.square(style) @ energy + 1e-8)
 
 
-def _whole_batch(batch: int) -> bool:
-    """Whether a chip's part of a batch fills the rows of registers."""
-    return batch // _parts(batch) % WHOLE_BATCH == 0
-
-
 def _kernel_pays(shape, weight, up: bool, down: bool) -> bool:
     """Whether the kernel is the faster one, by the compiler's count.
 
@@ -123,8 +118,8 @@ def _kernel_pays(shape, weight, up: bool, down: bool) -> bool:
     if down and min(weight[2:]) >= LANES:
         if weight[0] == 1:
             return False
-        if _whole_batch(shape[0]) and size <= WHOLE_BATCH_RESAMPLED:
-            return False
+        if shape[0] // _parts(shape[0]) % WHOLE_BATCH == 0:
+            return size > WHOLE_BATCH_RESAMPLED
     return size >= KERNEL_FROM * (1 + down)
 
 
@@ -139,7 +134,7 @@ def _kernel_gradient_pays(shape, weight, up: bool) -> bool:
     size, batch = shape[1] * (1 + up), shape[0] // _parts(shape[0])
     if min(weight[2:]) < LANES or _styles_side_by_side():
         return True
-    if _whole_batch(shape[0]):
+    if batch % WHOLE_BATCH == 0:
         return size > (WHOLE_BATCH_RESAMPLED if up else WHOLE_BATCH_CONV)
     return batch > 1 or up or size > KERNEL_FROM
 
@@ -245,20 +240,19 @@ def modulated_conv2d(
         x.shape, weight.shape, up, False, packing[0], implementation
     )
 
-    def scales(weight, style):
-        if demodulate:
-            return _demodulation(weight, style)
-        return jnp.ones((x.shape[0], weight.shape[3]))
-
     def by_kernel(x, weight, style, *others):
+        scale = jnp.ones((x.shape[0], weight.shape[3]))
+        if demodulate:
+            scale = _demodulation(weight, style)
         run = partial(tpu.modulated_conv, up=up, packing=packing[0])
-        return _over_mesh(run, x, weight, style, scales(weight, style), *others)
+        return _over_mesh(run, x, weight, style, scale, *others)
 
     def by_xla(x, weight, style, noise, strength, bias):
         convolve = _scaled_up_conv if up else _scaled_conv
         y = convolve(unpack(x, packing[0]), style, weight)
         if demodulate:
-            y = y * scales(weight, style)[:, None, None, :].astype(y.dtype)
+            scale = _demodulation(weight, style)
+            y = y * scale[:, None, None, :].astype(y.dtype)
         if noise is not None:
             noise = noise if strength is None else strength * noise
             y = y + noise[..., None].astype(y.dtype)
