@@ -14,11 +14,16 @@ arXiv 2103.00020, on the pictures of `train.heads`, whose parameters give the ca
 
     python -m train.heads heads --n 1500 --seed 2 --size 64 --format npy \\
         --styles photo,cel,duotone,pencil,paint
-    python -m train.clip_heads --data heads --out runs/clip
+    python -m train.clip_heads --data heads --out runs/plain
+    python -m train.clip_heads --data heads --out runs/clip --weights runs/plain \\
+        --adversary 3
     python -m train.nada --clip runs/clip/model --source "a photo" --target "a cartoon"
 
-Pictures are moved, mirrored, blurred and given noise, so that a generator which follows
-this CLIP cannot please it by noise of its own. OUT/model holds the towers in half
+Pictures are moved, mirrored, blurred and given noise. That does not keep a generator
+which follows this CLIP from pleasing it by changes that nobody would call a drawing:
+`--adversary` trains on pictures that are changed so as to deceive it (Madry et al.,
+arXiv 1706.06083), after which its gradients point to what a person sees (Santurkar et
+al., arXiv 1906.09453). OUT/model holds the towers in half
 precision. In metrics.jsonl: `style`, the share of held-out pictures whose style is
 named rightly among five; `words`, the same for age, hair and so on; `retrieval`, how
 often the nearest of all held-out captions is true, beside `retrieval_chance`. Words
@@ -28,6 +33,7 @@ that it has not learned (`named_rightly` too seldom) are left out of OUT/model.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 from PIL import Image
 
 from jaxstyle import images, weights
@@ -102,6 +108,8 @@ class Options:
 
     data: tuple[Path, ...]
     """Folders that `train.heads` wrote with --format npy, in any styles."""
+    weights: str = ""
+    """A run of this scheme to go on from, of the same sizes; empty: random towers."""
     run: Shared = RunOptions(
         steps=2000, batch=64, log_every=20, sample_every=0, save_every=100
     )
@@ -123,6 +131,12 @@ class Options:
     """AdamW's."""
     noise: float = 0.15
     """Highest deviation of the noise on the pictures, which are in [-1, 1]."""
+    adversary: float = 0.0
+    """Greatest change (L2 norm, of pictures in [-1, 1]) that is made to each picture so
+    as to raise the loss, before the towers learn from it; 0: none. 3 is 3.5 levels of
+    255 a value at 64 px."""
+    adversary_steps: int = 2
+    """Steps of the search for it."""
     validate_every: int = 200
     """Steps between measures on the held-out heads."""
 
@@ -382,7 +396,7 @@ def varied(
     if small != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     x = images.to_array(image)
-    x = x * rng.uniform(0.85, 1.15) + rng.uniform(-0.1, 0.1)
+    x = x * rng.uniform(0.6, 1.6) + rng.uniform(-0.25, 0.25)
     x = x[:, ::-1] if rng.random() < 0.5 else x
     x = x + rng.uniform(0, noise) * rng.standard_normal(x.shape, np.float32)
     return np.ascontiguousarray(x, np.float32)
@@ -407,20 +421,58 @@ def contrastive_loss(logits: Array, true: Array) -> Array:
     return (along(0) + along(1)) / 2
 
 
-def make_step(module: CLIP, tx: optax.GradientTransformation):
+def attacked(loss: Any, image: Array, radius: float, steps: int, key: Array) -> Array:
+    """Pictures changed so as to raise the loss: projected gradient ascent.
+
+    Madry et al. (arXiv 1706.06083), section 2.1, in the L2 norm: from a random change
+    on, steps of 2.5 `radius` / `steps` along the gradient, each picture's brought back
+    to a length of at most `radius`.
+
+    Args:
+      loss: of pictures.
+      image: [batch, size, size, 3].
+      radius: of the ball.
+      steps: in it.
+      key: of the first change.
+    """
+
+    def length(x):
+        return jnp.linalg.norm(x.reshape(len(x), -1), axis=1)[:, None, None, None]
+
+    def inside(x):
+        return x * jnp.minimum(1, radius / jnp.maximum(length(x), 1e-12))
+
+    def move(_, change):
+        slope = jax.grad(loss)(image + change)
+        slope /= jnp.maximum(length(slope), 1e-12)
+        return inside(change + 2.5 * radius / steps * slope)
+
+    first = inside(jax.random.normal(key, image.shape, image.dtype))
+    return image + lax.fori_loop(0, steps, move, first)
+
+
+def make_step(module: CLIP, tx: optax.GradientTransformation, options: Options):
     """The step of the scheme for `fit`."""
 
     def step(state: TrainState, _: Any, batch: Any) -> tuple[TrainState, dict]:
         true = is_true(batch["claims"], batch["facts"])
 
-        def loss(params):
+        def loss(params, image):
             apply = jax.tree_util.Partial(module.apply, {"params": params})
-            pictures = module.prepare(batch["image"])
-            logits = apply(pictures, batch["tokens"])
+            logits = apply(module.prepare(image), batch["tokens"])
             return contrastive_loss(logits, true)
 
         params, opt_state = state.params["clip"], state.opt_state["clip"]
-        value, grads = jax.value_and_grad(loss)(params)
+        image = batch["image"]
+        if options.adversary:
+            image = attacked(
+                partial(loss, params),
+                image,
+                options.adversary,
+                options.adversary_steps,
+                state.key,
+            )
+        value, grads = jax.value_and_grad(loss)(params, image)
         params, opt_state = optim.apply(tx, grads, opt_state, params)
         # As published, the scale stays below 100.
         scale = jnp.minimum(params["logit_scale"], jnp.log(100.0))
@@ -573,12 +625,34 @@ def make_module(options: Options, tokenizer: Any) -> CLIP:
     )
 
 
+def first_params(options: Options, module: CLIP, key: Array) -> Any:
+    """Random towers, or those of `--weights`.
+
+    Raises:
+      UserError: these are no CLIP, or one of other sizes.
+    """
+    if not options.weights:
+        return module.init_params(key=key)
+    model, params = weights.load(options.weights)
+    if "clip" not in model or model["clip"].clone(dtype=module.dtype) != module:
+        raise UserError(
+            f"--weights is {options.weights}; it must be a run of train.clip_heads of "
+            "the same sizes, with all words (not its folder `model`)"
+        )
+    return params["clip"]
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m train.clip_heads`."""
     options = with_out(parse(Options, __doc__, args), "clip_heads")
     if options.held_out < 2:
         raise UserError(f"--held-out is {options.held_out}; it must be at least 2")
+    if options.adversary < 0 or options.adversary_steps < 1:
+        raise UserError(
+            f"--adversary is {options.adversary:g} and --adversary-steps "
+            f"{options.adversary_steps}; give a length from 0 and at least one step"
+        )
     mesh = start(options.run)
     tokenizer = clip_text.load_tokenizer()
     module = make_module(options, tokenizer)
@@ -586,7 +660,7 @@ def main(args: list[str] | None = None) -> None:
     held = Heads(options.data, options.held_out, train=False)
     tx = optimizer(options)
     keys = jax.random.split(jax.random.key(options.run.seed))
-    params = {"clip": module.init_params(key=keys[0])}
+    params = {"clip": first_params(options, module, keys[0])}
     metadata = {"scheme": "clip_heads", "templates": list(TEMPLATES)}
     batches = data.batches(
         source,
@@ -599,12 +673,15 @@ def main(args: list[str] | None = None) -> None:
         options,
         create_state(params, {"clip": tx}, key=keys[1]),
         {},
-        [(1, make_step(module, tx))],
+        [(1, make_step(module, tx, options))],
         batches,
         networks={"clip": module},
         mesh=mesh,
         metadata=metadata,
-        identity={"data": data.fingerprint(source)},
+        identity={
+            "data": data.fingerprint(source),
+            "weights": weights.digest(params) if options.weights else "",
+        },
         validate=(options.validate_every, make_validate(module, held)),
     )
     out = f"{options.run.out}/model"

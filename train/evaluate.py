@@ -207,7 +207,7 @@ class Options:
     steps: Annotated[int, tyro.conf.arg(aliases=["--inversion-steps"])] = 300
     """Steps of the inversion."""
     extra: str = ""
-    """More options for every training, for example "--dtype bfloat16"."""
+    """More options for every training: --extra="--dtype bfloat16"."""
     sweep: Literal["", "id-lambda"] = ""
     """Option of train.jojo to try several values of, beside the methods."""
     sweep_values: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
