@@ -18,6 +18,7 @@ train.jojo `--mixes`, or with `--separate` the styles at a time, `--group`.
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -112,6 +113,13 @@ def bytes_a_chip(tree: Any, layout: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
+def parts_of(state: Any) -> dict[str, Any]:
+    """What a state holds, by name: a TrainState, or the dict of a search."""
+    if isinstance(state, Mapping):
+        return dict(state)
+    return {"parameters": (state.params, state.ema), "optimiser": state.opt_state}
+
+
 def report(
     run: Any,
     entry: Callable[[int, Mesh, Any, Any], Any],
@@ -126,9 +134,9 @@ def report(
     Args:
       run: RunOptions.
       entry: (index, mesh, layout of the state, layout of frozen) -> a jitted step.
-      state, frozen: arrays, or their shapes.
+      state, frozen: arrays, or their shapes; a TrainState or, of a search, a dict.
       every: of each entry; 0 leaves it out.
-      batch: the rows of one global batch.
+      batch: the rows of one global batch, trees of arrays.
       rules: layouts by path.
 
     Returns:
@@ -147,21 +155,16 @@ def report(
         sharding.check_batch(run.batch, mesh)
     print(f"{run.compile_for}: {sharding.describe(mesh.shape)}")
     layout, frozen_layout = sharding.layouts(state, frozen, mesh, rules)
-    rows = {n: sharding.batch_sharding(mesh, x.ndim) for n, x in batch.items()}
-    parts = {
-        "parameters": bytes_a_chip(
-            (state.params, state.ema), (layout.params, layout.ema)
-        ),
-        "optimiser": bytes_a_chip(state.opt_state, layout.opt_state),
-        "frozen networks and data": bytes_a_chip(
-            (dict(frozen), dict(batch)), (frozen_layout, rows)
-        ),
-    }
+    batch = dict(batch)
+    rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.ndim), batch)
+    held = parts_of(state) | {"frozen networks and data": (dict(frozen), batch)}
+    where = parts_of(layout) | {"frozen networks and data": (frozen_layout, rows)}
+    parts = {name: bytes_a_chip(tree, where[name]) for name, tree in held.items()}
     print("; ".join(f"{n} {size / 2**30:.3f} GiB" for n, size in parts.items()))
     args = (
         abstract(state, layout),
         abstract(frozen, frozen_layout),
-        abstract(dict(batch), rows),
+        abstract(batch, rows),
     )
     for index, interval in enumerate(every):
         if not interval:
@@ -335,7 +338,11 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("scheme", help="such as jojo; then its own options")
     parser.add_argument("--topology", required=True, help="such as v5e:4x4")
-    parser.add_argument("--size", type=int, help="random weights of this size")
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="random weights of this size; or the scheme's own --size, if it has one",
+    )
     parser.add_argument(
         "--find-batch", action="store_true", help="search the largest batch that fits"
     )
@@ -348,7 +355,10 @@ def main(args: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         rest += ["--compile-for", chosen.topology, "--out", f"{folder}/run"]
-        if chosen.size:
+        own = {field.name for field in dataclasses.fields(scheme.Options)}
+        if chosen.size and "size" in own:
+            rest += ["--size", str(chosen.size)]
+        elif chosen.size:
             rest += ["--weights", str(random_weights(chosen.size, Path(folder)))]
         axes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name, usual in ("style", 1), ("data", 0), ("fsdp", 1), ("space", 1):

@@ -158,8 +158,8 @@ def compiled(
         return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
     if run.compile_for:
-        fits.report(run, entry, state, frozen, [1], given, RULES)
-        raise SystemExit(0)
+        records = fits.report(run, entry, state, frozen, [1], given, RULES)
+        raise fits.Compiled(records)
     return entry(0, mesh, sharding.shardings(state, mesh, RULES), None)
 
 

@@ -1,8 +1,11 @@
 """Every scheme, over devices and over processes: the same losses as on one."""
 
 import importlib
+import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ from tests.train import many
 from tests.train.test_loop import lines
 from train import dual_pretrain
 
+TPU = importlib.util.find_spec("libtpu") is not None
 # What each scheme is run with, a word of which in braces is a path of `material`.
 ENCODER = (
     "--weights {base} --data {faces} --encoder-size 32 --encoder-units 1 1 1 "
@@ -43,6 +47,14 @@ ARGUMENTS = {
     "dual_sampler": "--weights {style} --batch 96",
     "warm_start": "--data {faces} --size 32 --w-dim 16 --channels 8 8 8 8 --batch 8 "
     "--mapping-depth 2",
+}
+# Schemes with a loop of their own, for every picture.
+SEARCHES = {
+    "destylize": "--weights {dual}/base --portrait-weights {dual}/portrait --batch 4 "
+    "--encoder {dual}/encoder --data {dual}/pictures --identity-net {dual}/identity "
+    "--judge-size 64",
+    "refine_exstyle": "--weights {dual}/style --data {dual}/pictures --batch 4 "
+    "--perceptual-net alexnet",
 }
 # How far the first step's numbers may be apart, beside rounding: of a gradient's norm
 # (penalties), and of what is near 0.
@@ -96,13 +108,16 @@ def material(tmp_path_factory):
     dual_models.save_exemplars(dual / "codes")
     flags = ["--weights", str(dual / "base"), "--out", str(dual / "stage1")]
     dual_pretrain.main([*flags, "--steps", "0"])
+    parts = [weights.load(dual / name) for name in ("stage1", "codes")]
+    networks, params = ({**a, **b} for a, b in zip(*parts, strict=True))
+    weights.save(dual / "style", networks, params)
     names = ("base", "heads", "faces", "clip", "style", "dual")
     return {n: folder / n for n in names} | {"photo": folder / "photo.png"}
 
 
 def arguments(scheme, material, out, steps):
     """The command line of a short run."""
-    flags = ARGUMENTS[scheme].format(**material).split()
+    flags = (ARGUMENTS | SEARCHES)[scheme].format(**material).split()
     shared = f"--out {out} --steps {steps} --log-every 1 --sample-every 0".split()
     return flags + shared + ["--save-every", "0"]
 
@@ -138,6 +153,19 @@ def test_first_step_agrees_on_every_mesh(scheme, material, tmp_path, quick_compi
         found[name] = lines(next(out.rglob("metrics.jsonl")).parent)[0]
     for name in ("data", "fsdp"):
         assert_near(found[name], found["one"], RELATIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU, reason="needs libtpu: pip install 'jaxstyle[tpu]'")
+@pytest.mark.parametrize("scheme", sorted(ARGUMENTS | SEARCHES))
+def test_fits_compiles_every_scheme(scheme, material, tmp_path):
+    command = [sys.executable, "-m", "train.fits", scheme, "--topology", "v5e:2x2"]
+    flags = arguments(scheme, material, tmp_path / "run", 1)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = re.findall(r"^step \d+ \(every.*", done.stdout, re.MULTILINE)
+    assert steps and all("GiB a chip, fits" in step for step in steps)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
