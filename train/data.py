@@ -507,5 +507,8 @@ def batches(
             "smaller batch or more pictures"
         )
     order = grain.MapDataset.range(len(source))
-    order = (order.shuffle(seed=seed) if shuffle else order).repeat()
+    # Not without end: grain rounds the number of batches as a float.
+    order = (order.shuffle(seed=seed) if shuffle else order).repeat(
+        2**50 // len(source)
+    )
     return Batches(_Rows(source, order, batch, rows, seed, transform), reading)

@@ -50,6 +50,11 @@ def test_each_epoch_shows_every_picture_once_in_a_new_order():
     assert numbers(take(other, 3)) != first
 
 
+def test_one_picture_at_a_time():
+    stream = data.batches(MARKED, 1, mesh_of(1), seed=0)
+    assert sorted(numbers(take(stream, 12))) == list(range(1, 13))
+
+
 def test_position_is_kept():
     stream = data.batches(MARKED, 5, mesh_of(1), seed=0, transform=data.mirrored)
     take(stream, 3)
