@@ -23,11 +23,13 @@ Pictures are moved, mirrored, blurred and given noise. That does not keep a gene
 which follows this CLIP from pleasing it by changes that nobody would call a drawing:
 `--adversary` trains on pictures that are changed so as to deceive it (Madry et al.,
 arXiv 1706.06083), after which its gradients point to what a person sees (Santurkar et
-al., arXiv 1906.09453). OUT/model holds the towers in half
-precision. In metrics.jsonl: `style`, the share of held-out pictures whose style is
-named rightly among five; `words`, the same for age, hair and so on; `retrieval`, how
-often the nearest of all held-out captions is true, beside `retrieval_chance`. Words
-that it has not learned (`named_rightly` too seldom) are left out of OUT/model.
+al., arXiv 1906.09453).
+
+OUT/model holds the towers in half precision. In metrics.jsonl: `style`, the share of
+held-out pictures whose style is named rightly among five; `words`, the same for age,
+hair and so on; `retrieval`, how often the nearest of all held-out captions is true,
+beside `retrieval_chance`. Words that it has not learned (`named_rightly` too seldom)
+are left out of OUT/model.
 """
 
 import dataclasses
