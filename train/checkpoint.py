@@ -6,6 +6,7 @@ aside as `<step>.damaged`, and the run goes on from the one before.
 """
 
 import contextlib
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from jaxstyle.errors import UserError, one_line
@@ -37,6 +39,27 @@ def _unraisable(what: Any, shown: Any = sys.unraisablehook) -> None:
 
 
 sys.unraisablehook = _unraisable
+
+_json: dict[str, Any] = {}
+
+
+def _to_json(
+    self: ts.KvStore.Spec,
+    include_defaults: bool = False,
+    convert: Any = ts.KvStore.Spec.to_json,
+) -> Any:
+    # Orbax asks where a checkpoint lies for each array anew, and TensorStore (up to
+    # 0.1.86 at least) never frees an answer: a long run would grow with every save.
+    place = f"{self!r} {include_defaults}"
+    known = _json.get(place)
+    if known is None:
+        if len(_json) == 16:
+            _json.clear()
+        known = _json[place] = convert(self, include_defaults)
+    return copy.deepcopy(known)
+
+
+ts.KvStore.Spec.to_json = _to_json
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
 from PIL import Image
 
 import jaxstyle
@@ -175,6 +177,22 @@ def test_checkpoint_is_not_touched_by_later_steps(tmp_path):
 def test_keeps_the_newest_checkpoints(tmp_path):
     toy.run(toy.options(tmp_path, save_every=1, keep=2), mesh_of(1))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5", "6"]
+
+
+def test_many_arrays_leave_nothing_in_memory(tmp_path):
+    place = ts.KvStore.Spec({"driver": "file", "path": f"{tmp_path}/"})
+    asked = place.to_json()
+    assert asked == {"driver": "file", "path": f"{tmp_path}/"}
+    asked["path"] = "elsewhere"
+    assert place.to_json()["path"] == f"{tmp_path}/"
+    assert "driver" in (place / "x").to_json(include_defaults=True)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(2000):
+        place.to_json()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 20_000, "half a megabyte if it is converted every time"
 
 
 def test_folder_of_another_run_is_refused(tmp_path):
