@@ -117,6 +117,19 @@ def networks(through_file):
     return found | {"discriminator": other["discriminator"]}
 
 
+@pytest.fixture
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def doubled(tree):
+    """Its float32 arrays in double precision."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float64) if x.dtype == jnp.float32 else x, tree
+    )
+
+
 def setup_of(networks, weight, **options):
     modules = (networks[n][0] for n in ("generator", "dual", "discriminator"))
     return Setup(AdversarialOptions(**options), 2, weight, *modules)
@@ -300,14 +313,21 @@ def test_stage_2_equals_the_original(networks, stage2, i):
     assert found["mix_from"] == 5
 
 
-def test_stage_2_moves_as_the_original(networks, stage2):
-    """Four updates of Adam's: how far parameters move, and what the average follows."""
+def test_stage_2_moves_as_the_original(networks, stage2, double_precision):
+    """Four updates of Adam's: how far parameters move, and what the average follows.
+
+    In double precision. Adam's first update is the gradient's sign, and after it one of
+    the discriminator's activations is zero but for rounding: R1 is 0.15 % more or less,
+    and the smallest gradients of the later updates have one sign or the other. The
+    original's own double precision is up to 0.95 % from its float32, the golden one.
+    """
     setup, iteration = stage2
-    state, data = state_of(networks, setup), iteration.data
+    frozen, batch = doubled(iteration.frozen), doubled(iteration.batch)
+    state, data = doubled(state_of(networks, setup)), iteration.data
     adam = dual_steps.make_optimizers(setup.options)
     moments = {n: tx.init(state.params[n]) for n, tx in adam.items()}
     for name, network in NETWORK.items():
-        grads, _ = iteration.run(name, state)
+        grads, _ = iteration.steps[name](state, frozen, batch)
         params = state.params[network]
         moves, moments[network] = adam[network].update(grads, moments[network], params)
         params = optax.apply_updates(params, moves)
