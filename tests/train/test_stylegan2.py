@@ -290,6 +290,19 @@ def test_first_steps_agree_on_one_and_eight_devices(quick_compile):
     assert max(errors.values()) <= 1, errors
 
 
+def errors_at_64_px(dtype):
+    """Differences of five draws on one device and on eight, each over its bound."""
+    real = np.random.default_rng(1).uniform(-1, 1, (8, 64, 64, 3)).astype(dtype)
+    shape = {"size": 64, "channels": (32, 32, 32, 16, 8), "run": {"dtype": dtype}}
+    options, modules, state, entries = small(**shape)
+    draws = []
+    for seed in range(5):
+        state = state.replace(key=jax.random.key(seed))
+        draws.append(device_errors(options, modules, state, entries, real))
+    assert len(draws[0]) > 100
+    return {name: [errors[name] for errors in draws] for name in draws[0]}
+
+
 @pytest.mark.slow
 def test_first_steps_agree_at_64_px():
     """Losses of every draw, gradient norms of most: a slope may change at a kink.
@@ -298,18 +311,17 @@ def test_first_steps_agree_at_64_px():
     gradient changes by 0.4 %, and the generator's whole gradient by 4e-5. Without such
     a picture the difference is 1e-7.
     """
-    real = np.random.default_rng(1).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
-    options, modules, state, entries = small(size=64, channels=(32, 32, 32, 16, 8))
-    draws = []
-    for seed in range(5):
-        state = state.replace(key=jax.random.key(seed))
-        draws.append(device_errors(options, modules, state, entries, real))
-    assert len(draws[0]) > 100
-    for step, value in draws[0]:
-        found = [errors[step, value] for errors in draws]
+    for (step, value), found in errors_at_64_px("float32").items():
         is_norm = value == "norm" or value.startswith("[")
         assert np.median(found) <= 1, (step, value)
         assert max(found) <= (10 if is_norm else 1), (step, value)
+
+
+@pytest.mark.slow
+def test_first_steps_agree_at_64_px_in_double_precision(double_precision):
+    """Where rounding reaches no kink, everything agrees in every draw."""
+    found = errors_at_64_px("float64")
+    assert max(max(errors) for errors in found.values()) <= 1, found
 
 
 @pytest.mark.slow
