@@ -24,10 +24,10 @@ def use_compilation_cache() -> str:
 
 
 def release_memory() -> None:
-    """Give memory that the compiler has freed back to the system.
+    """Give memory that was freed back to the system.
 
-    glibc keeps it for later, some hundred megabytes after a large program; elsewhere
-    this does nothing.
+    glibc keeps it for later, some hundred megabytes after a large program was compiled;
+    elsewhere this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -197,6 +197,9 @@ def fit(
                     position = None if batches is None else batches.get_state()
                     data = {"position": position, "metrics": latest}
                     checkpoints.save(done, state, data)
+                    # Its threads would keep what they free, some hundred megabytes in
+                    # half an hour.
+                    release_memory()
                 if draw and (
                     last or (run.sample_every and done % run.sample_every == 0)
                 ):
