@@ -53,7 +53,7 @@ def _to_json(
     place = f"{self!r} {include_defaults}"
     known = _json.get(place)
     if known is None:
-        if len(_json) == 16:
+        if len(_json) >= 16:
             _json.clear()
         known = _json[place] = convert(self, include_defaults)
     return copy.deepcopy(known)
