@@ -30,7 +30,9 @@ from jaxstyle.stylize import (
     load_styles,
     photo_code,
     stylize,
+    tuned,
 )
+from jaxstyle.tune import TuneOptions, resolved, tune
 
 EXAMPLES = weights.ASSETS / "examples"
 PHOTO = EXAMPLES / "photo.jpg"
@@ -117,6 +119,11 @@ def main(args: list[str] | None = None) -> None:
         seed=options.seed,
         cache=epath.Path(options.out) / photo.stem,
     )
+    tuning = resolved(TuneOptions(), style.base_name)
+    if tuning.tune:
+        say("moving the model towards the face", began)
+    (base,) = tune(style.generator, style.base, face[None], code[None], tuning)
+    style = tuned(style, base)
     say(f"drawing it at the intensities {', '.join(INTENSITIES)}", began)
     drawn = [stylize(style, code, intensity=i) for i in INTENSITIES.values()]
     sheet = images.grid(

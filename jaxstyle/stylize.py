@@ -8,10 +8,13 @@
     python -m jaxstyle.stylize me.jpg --weights weights/cartoon --style art.png
     python -m jaxstyle.stylize --overview --weights weights/cartoon
     python -m jaxstyle.stylize me.jpg --weights runs/nada-photo-sketch --edit age:+3
+    python -m jaxstyle.stylize me.jpg --tune 350
 
 The face is cut out and turned upright, its code is found on the generator that the
 style was finetuned from, and the finetuned generator draws the code again. The code is
 kept beside the result, so that another style or intensity of the same photo is quick.
+With `--tune` the generators are first moved until the code draws this very face (see
+`jaxstyle.tune`): slower, and more alike.
 
 Intensities between 0 and 1 mix the features of both generators layer by layer, the mix
 being the input of both next layers (JoJoGAN, arXiv 2112.11641): not a cross-fade.
@@ -43,6 +46,7 @@ from jaxstyle.masks import parse_mask
 from jaxstyle.options import parse
 from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator, Params, interpolate_features
+from jaxstyle.tune import TuneOptions, moved, resolved, tune
 
 CROP_SIZE = 256
 """Faces are cut out at least this large: encoders read 256 px."""
@@ -100,6 +104,7 @@ class Options:
     )
     moves: Annotated[edits.MoveOptions, tyro.conf.OmitArgPrefixes] = edits.MoveOptions()
     search: Annotated[Search, tyro.conf.OmitArgPrefixes] = DEFAULT_SEARCH
+    tuning: Annotated[TuneOptions, tyro.conf.OmitArgPrefixes] = TuneOptions()
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
 
 
@@ -320,6 +325,14 @@ def stylize(
     )
 
 
+def tuned(style: Style, base: Params) -> Style:
+    """A style on a base that was tuned to a photo: the same change of weights there."""
+    if base is style.base:
+        return style
+    params = moved(style.params, style.base, base)
+    return dataclasses.replace(style, params=params, base=base)
+
+
 @lru_cache(maxsize=4)
 def _loaded(where: str, written: float, generator: Generator, network: str) -> Encoder:
     """An encoder, read once for all photos; `written` is its folder's time."""
@@ -486,6 +499,7 @@ def draw(
     crop = images.to_array(crop)
     noise = {"noise": options.noise_mode, "seed": options.seed}
     codes: dict[str, np.ndarray] = {}
+    bases: dict[str, Params] = {}
     results = []
     for style in styles:
         if style.base_name not in codes:
@@ -500,6 +514,15 @@ def draw(
                 seed=options.seed,
                 cache=stem.parent / name,
             )
+            (bases[style.base_name],) = tune(
+                style.generator,
+                style.base,
+                crop[None],
+                codes[style.base_name][None],
+                resolved(options.tuning, style.base_name),
+                lpips=options.search.lpips,
+            )
+        style = tuned(style, bases[style.base_name])
         moves = edits.read_moves(options.moves, style.generator)
         result = stylize(
             style,
@@ -515,7 +538,8 @@ def draw(
         images.save_image(beside(style.name) if sheet else main_path, result)
     if sheet:
         code = codes[styles[0].base_name]
-        inversion = stylize(styles[0], code, intensity=0, **noise)
+        shown = tuned(styles[0], bases[styles[0].base_name])
+        inversion = stylize(shown, code, intensity=0, **noise)
         images.save_image(main_path, compose(crop, inversion, styles, results))
     return main_path
 

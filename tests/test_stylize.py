@@ -195,6 +195,27 @@ def test_sheet_of_one_style(art, photo, tmp_path):
     assert (tmp_path / "me-art.png").exists()
 
 
+def test_tuned_to_the_photo(base, art, oil, photo, tmp_path, capsys):
+    """The inversion on the sheet and all results come from generators that moved."""
+    plain, tuned = tmp_path / "plain", tmp_path / "tuned"
+    options = (photo, "--weights", art, oil)
+    run(*options, "--out", plain)
+    run(*options, "--out", tuned, "--tune", "3", "--tune-lr", "0.02")
+    names = ("me-art.png", "me-oil.png", "me-grid.png")
+    pairs = [(plain / name, tuned / name) for name in names]
+    one, two, sheet = (
+        [np.asarray(images.open_image(path), np.float32) for path in pair]
+        for pair in pairs
+    )
+    for before, after in (one, two):
+        assert np.abs(before - after).mean() > 1
+    face, inversion = slice(0, 256), slice(258, 514)
+    before, after = sheet
+    np.testing.assert_array_equal(before[:256, face], after[:256, face])
+    assert np.abs(before[:, inversion] - after[:, inversion]).mean() > 1
+    assert "--tune is -1" in fails(capsys, *options, "--tune", "-1", "--no-align")
+
+
 def test_sheet_of_several_styles(art, oil, photo, tmp_path):
     out = tmp_path / "me_styles.jpg"
     run(photo, "--weights", art, oil, "--out", out)

@@ -32,6 +32,11 @@ such heads and takes the layers up to 16 px from the base (Pinkney & Adler 2020,
 2010.05334). For the last two and for the classifier, --teachers are drawn, other heads
 than those that are measured.
 
+The methods `default` draw with generators tuned to each photo as `stylize` does, by
+what the weights recommend or by --tune (see `jaxstyle.tune`); `default-untuned` and the
+others draw with one for all. The line `tuned inversion` has the tuned ones in no style;
+`same face` of tuned methods is in comparison with it.
+
 `dual` takes the reference as a new exemplar of the DualStyleGAN style `--dual`, whose
 portraits are of `--dual-style`; `dual-refined` refines its code, `dual-stored` draws
 each head after another of the style's own exemplars.
@@ -76,7 +81,8 @@ from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
 from jaxstyle.invert import Search, for_photos
 from jaxstyle.options import parse
-from jaxstyle.stylegan2 import interpolate_features
+from jaxstyle.stylegan2 import Params, interpolate_features
+from jaxstyle.tune import TuneOptions, moved, resolved, tune
 from train import commands, inverters, style_classifier
 from train.measures import (
     all_distances,
@@ -119,6 +125,7 @@ class Method:
       swap: layers up to this resolution are the base's.
       stored: of dual: the style's own exemplars.
       refine: of dual: steps on the code of a new one.
+      tuned: draw each head with generators that were tuned to its photo.
     """
 
     args: tuple[str, ...] = ()
@@ -128,6 +135,7 @@ class Method:
     swap: int = 0
     stored: bool = False
     refine: int = 0
+    tuned: bool = False
 
 
 DEFAULTS = ("--profile",)
@@ -135,9 +143,10 @@ _LPIPS = ("--perceptual", "lpips")
 _QUIET = (*_LPIPS, "--noise-mode", "none")
 _RGB = "0,2,3,5,6,8,9"  # at 64 px: mix what makes colours, keep what makes shapes
 METHODS = {
-    "default": Method(DEFAULTS),
-    "default-half": Method(DEFAULTS, intensity=0.5),
-    "default-bfloat16": Method((*DEFAULTS, "--dtype", "bfloat16")),
+    "default": Method(DEFAULTS, tuned=True),
+    "default-untuned": Method(DEFAULTS),
+    "default-half": Method(DEFAULTS, intensity=0.5, tuned=True),
+    "default-bfloat16": Method((*DEFAULTS, "--dtype", "bfloat16"), tuned=True),
     "jojo": Method(),
     "jojo-100": Method(step=100),
     "jojo-200": Method(step=200),
@@ -165,6 +174,7 @@ METHODS = {
     "dual-stored": Method(scheme="dual", stored=True),
 }
 RIVALS = ("inversion", "colour transfer", "reference")
+TUNED = "tuned inversion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +216,7 @@ class Options:
     """Where the photos are inverted: w_plus or w."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--inversion-steps"])] = 300
     """Steps of the inversion."""
+    tuning: Annotated[TuneOptions, tyro.conf.OmitArgPrefixes] = TuneOptions()
     extra: str = ""
     """More options for every training: --extra="--dtype bfloat16"."""
     sweep: Literal["", "id-lambda"] = ""
@@ -335,16 +346,33 @@ def _mixed(generator, base, tuned, codes, share):
     return interpolate_features(generator, base, tuned, codes, share, noise="const")
 
 
-def stylized(generator, base, codes, run: Mapping, method: Method) -> np.ndarray:
-    """Pictures [n, size, size, 3] of codes in the style of a run."""
+def stylized(
+    generator, base, codes, run: Mapping, method: Method, bases: Sequence[Params]
+) -> np.ndarray:
+    """Pictures [n, size, size, 3] of codes in the style of a run.
+
+    Args:
+      generator: the architecture.
+      base: parameters that the run began with.
+      codes: w_plus [n, num_ws, w_dim].
+      run: with its folder.
+      method: what to draw of it.
+      bases: for each code `base`, or that tuned to its photo.
+    """
     _, params = weights.load(run["folder"], step=method.step or None)
-    if method.intensity == 1 and not method.swap:
-        return pipeline.pictures(generator, params["generator"], codes)
     share = np.full(len(generator.layer_names), method.intensity, np.float32)
     for i, name in enumerate(generator.layer_names):
         if int(name.rpartition("_")[2]) <= method.swap:
             share[i] = 0
-    return np.asarray(_mixed(generator, base, params["generator"], codes, share))
+    drawn = []
+    for code, own in zip(codes[:, None], bases, strict=True):
+        style = params["generator"]
+        style = style if own is base else moved(style, base, own)
+        if np.all(share == 1):
+            drawn.append(pipeline.pictures(generator, style, code)[0])
+        else:
+            drawn.append(np.asarray(_mixed(generator, own, style, code, share))[0])
+    return np.stack(drawn)
 
 
 class Style(NamedTuple):
@@ -510,13 +538,27 @@ def dual_exemplar(
     return next(iter(found.values()))
 
 
-def drawn_by(options: Options, generator, base, codes, plain, style, methods) -> dict:
-    """Pictures [n, size, size, 3] and cost, by the name of rival or method."""
+def drawn_by(
+    options: Options, generator, base, codes, plain, style, methods, bases=()
+) -> dict:
+    """Pictures [n, size, size, 3] and cost, by the name of rival or method.
+
+    Args:
+      options: of the command.
+      generator, base: the model.
+      codes: of the heads.
+      plain: what the base draws of them.
+      style: to draw them in.
+      methods: by name.
+      bases: the base tuned to each head, for the methods that want it.
+    """
     rows = {
         "inversion": (plain, {}),
         "colour transfer": (color_transfer(plain, style.picture), {}),
         "reference": (np.broadcast_to(style.picture, plain.shape), {}),
     }
+    if bases:
+        rows[TUNED] = (inversions(generator, bases, codes), {})
     for name, method in methods.items():
         if method.scheme == "dual":
             if style.name == options.dual_style:
@@ -528,8 +570,15 @@ def drawn_by(options: Options, generator, base, codes, plain, style, methods) ->
             continue
         run = train(options, method, style.name)
         cost = {"seconds": run["seconds"], "memory": run["memory"]}
-        rows[name] = (stylized(generator, base, codes, run, method), cost)
+        own = bases if method.tuned and bases else [base] * len(codes)
+        rows[name] = (stylized(generator, base, codes, run, method, own), cost)
     return rows
+
+
+def inversions(generator, bases: Sequence[Params], codes: np.ndarray) -> np.ndarray:
+    """What each code's own generator draws of it: [n, size, size, 3]."""
+    pairs = zip(bases, codes[:, None], strict=True)
+    return np.concatenate([pipeline.pictures(generator, p, c) for p, c in pairs])
 
 
 def compare_inverters(
@@ -537,8 +586,8 @@ def compare_inverters(
 ) -> list[dict]:
     """The records of `--inverters`; their sheet is OUT/inverters.jpg.
 
-    Their LPIPS to the truth is that of the first method's pictures, averaged over the
-    styles that have a truth.
+    Their LPIPS to the truth is that of the first method's pictures, drawn without
+    tuning and averaged over the styles that have a truth.
     """
     first = dict(list(methods.items())[:1])
     known = [style for style in styles if style.truths is not None]
@@ -596,7 +645,8 @@ def evaluate(options: Options) -> list[dict]:
     methods = {n: METHODS[n] for n in _chosen(options.methods, METHODS, "--methods")}
     values = swept(options)
     for value, name in values.items():
-        methods[name] = Method((*DEFAULTS, f"--{options.sweep}", str(value)))
+        flags = (*DEFAULTS, f"--{options.sweep}", str(value))
+        methods[name] = Method(flags, tuned=True)
     options.out.mkdir(parents=True, exist_ok=True)
     generator, base = pipeline.load_generator(options.weights)
     _, judge = weights.load("lpips_alexnet")
@@ -620,16 +670,22 @@ def evaluate(options: Options) -> list[dict]:
         options.out, options.seed, generator, base, photos, how
     )
     plain = pipeline.pictures(generator, base, codes["w_plus"])
-    own = faces(identity, plain)
+    own = {False: faces(identity, plain)}
+    tuning, bases = resolved(options.tuning, options.weights), []
+    if tuning.tune and any(method.tuned for method in methods.values()):
+        bases = tune(generator, base, photos, codes["w_plus"], tuning)
+        own[True] = faces(identity, inversions(generator, bases, codes["w_plus"]))
     for style in styles:
         rows = drawn_by(
-            options, generator, base, codes["w_plus"], plain, style, methods
+            options, generator, base, codes["w_plus"], plain, style, methods, bases
         )
         drawn.append({name: pictures for name, (pictures, _) in rows.items()})
         unchanged = score(judge, plain, style)
         for name, (pictures, cost) in rows.items():
             found = score(judge, pictures, style)
-            found["cosine"] = mean_cosine(own, faces(identity, pictures))
+            is_tuned = name == TUNED or (name in methods and methods[name].tuned)
+            before = own[is_tuned and bool(bases)]
+            found["cosine"] = mean_cosine(before, faces(identity, pictures))
             found["variety"] = found["pairs"] / unchanged["pairs"]
             found |= called(naming, pictures, style.name)
             if "lpips" in unchanged:
@@ -639,6 +695,8 @@ def evaluate(options: Options) -> list[dict]:
     text = table(records)
     seconds = codes["seconds"] / options.n
     text += f"\nInversion: {seconds:.1f} s a photo ({options.steps} steps).\n"
+    if bases:
+        text += f"Tuning: {tuning.tune} steps a photo, rate {tuning.tune_lr:g}.\n"
     if options.inverters:
         large = read(folder / "photo", options, CROP_SIZE)
         heads = inverters.Heads(generator, base, photos, large)
@@ -652,7 +710,8 @@ def evaluate(options: Options) -> list[dict]:
     images.write_bytes(
         options.out / "table.json", json.dumps(records, indent=1).encode()
     )
-    write_sheet(options, photos, styles, drawn, [*RIVALS, *methods])
+    labels = [*RIVALS, *([TUNED] if bases else []), *methods]
+    write_sheet(options, photos, styles, drawn, labels)
     print(text)
     return records
 

@@ -11,6 +11,12 @@ Chong and Forsyth, "JoJoGAN: One Shot Face Stylization", arXiv 2112.11641.
 4. `--id-lambda`: + lambda mean_i (1 - cos(F(G(s_i; theta)), F(G(s_i; theta_0)))), the
    identity loss, F an identity network and theta_0 the base: whose face it is shall
    survive. (In the paper alone, which gives no weight; the published code has none.)
+5. `--own-color`: ours, in no paper. One picture does not tell which of its colours are
+   its style and which its model's. With share c the picture of a mixed code shall not
+   look like y but like y + c (G(s_i; theta_0) - G(s(w); theta_0)): as much darker or
+   redder as the base draws it. What is left to learn is what the style does to any
+   colour. `auto` looks at y: a drawing without colours takes a head's own away, a
+   colourful one leaves them.
 
     python -m train.jojo --ref art.png
     python -m jaxstyle.stylize me.jpg
@@ -56,6 +62,8 @@ from train.state import TrainState, create_state
 # Places of the published taps among the discriminator's blocks, as far as they exist.
 TAPS = (1, 3, 4, 5)
 GRID = 5
+# Colourfulness up to which a reference leaves no colours, and from which it leaves all.
+COLORFUL = (15.0, 33.0)
 PER_STYLE = ("reference", "preview")
 # Codes come from the mapping network, and buffers are not parameters.
 NOT_TRAINED = ("mapping/", "noise_const/", "w_avg")
@@ -112,6 +120,10 @@ class Options:
     codes: int = 0
     """Draw this many random codes once and go through them (the paper's S); 0: fresh
     ones every step."""
+    own_color: float | Literal["auto"] = 0.0
+    """Share of a head's own colours that survive the style, 0 (published) to 1; auto: 0
+    for a reference that is less than slightly colourful, 1 for one that is moderately
+    so or more (Hasler and Suesstrunk 2003)."""
     perceptual: Literal["discriminator", "lpips"] = "discriminator"
     """Features to compare: the discriminator's, or LPIPS (the code's first release;
     also the way out when the weights hold no discriminator)."""
@@ -142,6 +154,27 @@ def keep_weights(options: Options, size: int) -> np.ndarray:
     else:
         mask = parse_mask(options.mask or "structure", size, "--mask")
     return np.where(mask > 0, mask, 1 - options.alpha).astype(np.float32)
+
+
+def colorfulness(pictures: Array) -> Array:
+    """How colourful pictures [n, h, w, 3] in [-1, 1] are: [n].
+
+    Hasler and Suesstrunk, "Measuring colourfulness in natural images", 2003, M^(3): 0
+    is not, 15 slightly, 33 moderately, 45 averagely, 59 quite, 82 highly colourful.
+    """
+    r, g, b = jnp.moveaxis((pictures + 1) * 127.5, -1, 0)
+    opponents = jnp.stack([r - g, (r + g) / 2 - b])
+    spread, mean = opponents.std((2, 3)), opponents.mean((2, 3))
+    return jnp.hypot(*spread) + 0.3 * jnp.hypot(*mean)
+
+
+def own_color_shares(options: Options, pictures: Array) -> Array:
+    """`--own-color` for each reference [n, h, w, 3]: [n] from 0 to 1."""
+    if options.own_color == "auto":
+        slightly, moderately = COLORFUL
+        share = (colorfulness(pictures) - slightly) / (moderately - slightly)
+        return jnp.clip(share, 0, 1)
+    return jnp.full(len(pictures), options.own_color, jnp.float32)
 
 
 def describe(options: Options, judge: Any, params: Any, images: Array) -> list[Array]:
@@ -196,9 +229,11 @@ def loss_fn(
 
     Args:
       params: the generator that learns.
-      frozen: `judge`; `affine` (the base's) for `--mask-space s`; `base` and `identity`
-        for `--id-lambda`.
-      reference: `codes` [refs, num_layers, w_dim] and `features` of the pictures.
+      frozen: `judge`; `affine` (the base's) for `--mask-space s`; `base` for
+        `--id-lambda` and `--own-color`, `identity` for the former.
+      reference: `codes` [refs, num_layers, w_dim] and `features` of the pictures; for
+        `--own-color` also the `pictures`, what the base draws of their codes without
+        noise, `inverted` [refs, size, size, 3], and the `shares` [refs].
       z: [refs * mixes, z_dim], the mixes of a reference in a row.
       options: of the scheme.
       generator, judge: modules.
@@ -228,13 +263,20 @@ def loss_fn(
         pairs = zip(keep, kept, drawn, strict=True)
         mixed, space = tuple(k * a + (1 - k) * b for k, a, b in pairs), "styles"
 
-    def draw(params):
+    def draw(params, noise=noise):
         variables = {"params": params}
         return generator.apply(variables, mixed, space=space, noise=noise, key=key)[0]
 
     image = draw(params)
     fake = describe(options, judge, frozen["judge"], image)
-    real = [repeated(f) for f in reference["features"]]
+    if options.own_color:
+        shift = draw(frozen["base"], "none") - repeated(reference["inverted"])
+        share = repeated(reference["shares"])[:, None, None, None]
+        wanted = jnp.clip(repeated(reference["pictures"]) + share * shift, -1, 1)
+        wanted = jax.lax.stop_gradient(wanted)
+        real = describe(options, judge, frozen["judge"], wanted)
+    else:
+        real = [repeated(f) for f in reference["features"]]
     loss = jnp.mean(distances(options, frozen["judge"], fake, real))
     if not options.id_lambda:
         return loss, {}
@@ -385,6 +427,17 @@ def frozen_of(
         partial(describe, options, judge), judge_params, pictures, references.BATCH
     )
     reference = {"codes": codes, "features": features}
+    if options.own_color:
+
+        def draw(base, codes):
+            apply = partial(generator.apply, {"params": base})
+            return apply(codes, space="w_layers", noise="none")[0]
+
+        reference |= {
+            "pictures": pictures,
+            "inverted": styles.a_few_at_a_time(draw, base, codes, references.BATCH),
+            "shares": own_color_shares(options, pictures),
+        }
     key = jax.random.key(options.run.seed)
     if options.codes:
         shape = (codes.shape[0], options.codes, generator.z_dim)
@@ -410,9 +463,10 @@ def frozen_of(
             name: {"affine": base["synthesis"][name]["affine"]}
             for name in generator.layer_names
         }
+    if options.id_lambda or options.own_color:
+        frozen["base"] = {name: base[name] for name in ("synthesis", "noise_const")}
     if options.id_lambda:
-        drawing = {name: base[name] for name in ("synthesis", "noise_const")}
-        frozen |= {"base": drawing, "identity": identity_params}
+        frozen["identity"] = identity_params
     return frozen
 
 
@@ -519,6 +573,10 @@ def resolve(options: Options) -> Options:
         )
     if options.id_lambda < 0:
         raise UserError(f"--id-lambda is {options.id_lambda}; it must not be negative")
+    if options.own_color != "auto" and not 0 <= options.own_color <= 1:
+        raise UserError(
+            f"--own-color is {options.own_color}; it must be auto, or from 0 to 1"
+        )
     batch = len(options.ref) * options.mixes
     if options.run.batch not in (RunOptions.batch, batch):
         raise UserError(
@@ -578,6 +636,13 @@ def learn(
     identity = {"reference": references.digest(options.ref)} | digests
     check_folder(options, metadata, identity)
     pictures, codes = references.prepare(options, generator, base)
+    if options.own_color == "auto" and not options.run.compile_for:
+        shares = np.asarray(own_color_shares(options, pictures))
+        told = ", ".join(
+            f"{style_names[p]} {x:.2f}"
+            for p, x in zip(options.ref, shares, strict=True)
+        )
+        print(f"share of a head's own colours that survives: {told}")
     tx = optim.frozen(optim.adam(options.lr), NOT_TRAINED)
 
     def make(base, *arrays):

@@ -188,7 +188,8 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
     for kind in ("pencil", "paint"):
         (tmp_path / "heads" / kind).symlink_to(tmp_path / "heads" / "cel")
     args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
-    args += ["--styles", "cel", "--methods", "default,default-half"]
+    args += ["--styles", "cel", "--methods", "default,default-half,default-untuned"]
+    args += ["--tune", 2, "--tune-lr", 0.01]
     judge = ArcFace(16, units=(1, 1), channels=(4, 8), se_ratio=2, width=8)
     judge_params = {"identity": judge.init_params(key=jax.random.key(0))}
     weights.save(tmp_path / "judge", {"identity": judge}, judge_params)
@@ -217,6 +218,12 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
         != by_name["cel", "default-half"]["lpips"]
     )
     assert by_name["cel", "default"]["memory"] == 200
+    apart = [by_name["cel", f"default{x}"]["lpips"] for x in ("", "-untuned")]
+    assert apart[0] != apart[1]
+    apart = [by_name["cel", f"{x}inversion"]["lpips"] for x in ("", "tuned ")]
+    assert apart[0] != apart[1]
+    assert by_name["cel", "tuned inversion"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert "Tuning: 2 steps" in printed
     assert by_name["cel", "default"]["lpips"] == by_name["cel", "id-lambda 0"]["lpips"]
     assert by_name["cel", "inversion"]["cosine"] == pytest.approx(1, abs=1e-5)
     assert by_name["mean", "id-lambda 0.5"]["cosine"] < 1

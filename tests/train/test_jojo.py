@@ -218,9 +218,8 @@ def small_run(
         codes,
         identity_params,
     )
-    assert {"base", "identity"} & frozen.keys() == (
-        {"base", "identity"} if options.id_lambda else set()
-    )
+    assert ("identity" in frozen) == bool(options.id_lambda)
+    assert ("base" in frozen) == bool(options.id_lambda or options.own_color)
     if options.id_lambda:
         # As later in a training: at its start both draw the same, and the loss is 0.
         frozen["base"] = GENERATOR.init_params(key=jax.random.key(5))
@@ -279,6 +278,78 @@ def test_styles_side_by_side_learn_what_each_would_alone():
     np.testing.assert_allclose(weight, other, rtol=0, atol=3e-3)
     # Different references pull the same base apart.
     assert float(jnp.abs(weight[0] - weight[1]).max()) > 1e-3
+
+
+def test_colorfulness_equals_its_formula():
+    gray = np.linspace(-1, 1, 16).reshape(1, 4, 4, 1).repeat(3, -1)
+    # Half the pixels red, half black: r - g is 255 or 0, (r + g) / 2 - b half of that.
+    red = np.full((1, 4, 4, 3), -1.0)
+    red[:, :2, :, 0] = 1
+    found = jojo.colorfulness(jnp.concatenate([gray, red]))
+    np.testing.assert_allclose(found, [0, 1.3 * np.hypot(127.5, 63.75)], atol=1e-3)
+
+
+def test_colourful_references_leave_a_head_its_colours():
+    gray = np.linspace(-1, 1, 48).reshape(1, 4, 4, 3).mean(-1, keepdims=True)
+    gray = np.repeat(gray, 3, -1)
+    tint = np.array([1, 0, 0]) * np.where(np.arange(4) < 2, 1, -1)[:, None, None]
+    # r - g spreads by as much, (r + g) / 2 - b by half of it, and means are 0.
+    pale, vivid = (gray + c / 127.5 / np.hypot(1, 0.5) * tint for c in (24, 50))
+    pictures = jnp.concatenate([gray, pale, vivid])
+    options = jojo.Options(ref=(), own_color="auto")
+    shares = jojo.own_color_shares(options, pictures)
+    np.testing.assert_allclose(shares, [0, 0.5, 1], atol=1e-5)
+    options = dataclasses.replace(options, own_color=0.25)
+    np.testing.assert_array_equal(jojo.own_color_shares(options, pictures), [0.25] * 3)
+
+
+@pytest.mark.parametrize("mask_space", ["w", "s"])
+def test_a_reference_that_the_base_draws_teaches_no_colour(mask_space):
+    """With own colours every mix is as it should be; without, none is."""
+    base = GENERATOR.init_params(key=jax.random.key(1))
+    for name, layer in base["synthesis"].items():
+        if name.startswith("rgb"):  # pictures well within [-1, 1]
+            layer["weight"] *= 0.05
+    judge = JUDGE.init_params(key=jax.random.key(2))
+    codes = jax.random.normal(jax.random.key(3), (2, len(GENERATOR.layer_names), 16))
+    pictures, _ = GENERATOR.apply(
+        {"params": base}, codes, space="w_layers", noise="none"
+    )
+    z = jax.random.normal(jax.random.key(4), (6, 16))
+
+    def loss(own_color):
+        options = jojo.Options(
+            ref=(), mask=MASK, own_color=own_color, mask_space=mask_space
+        )
+        frozen = jojo.frozen_of(options, GENERATOR, base, JUDGE, judge, pictures, codes)
+        return jojo.loss_fn(
+            base,
+            frozen,
+            frozen["reference"],
+            z,
+            options=options,
+            generator=GENERATOR,
+            judge=JUDGE,
+            keep=jojo.keep_weights(options, 8),
+            noise="none",
+        )[0]
+
+    assert float(jnp.abs(pictures).max()) < 0.5
+    none, half, all_of = loss(0.0), loss(0.5), loss(1.0)
+    assert all_of < 1e-5 < 0.2 * none < half < 0.8 * none
+
+
+@pytest.mark.slow
+def test_own_colours_on_one_and_eight_devices_and_side_by_side():
+    one, first = small_run(mixes=8, own_color=0.7, steps=2)
+    eight, other = small_run(mixes=8, own_color=0.7, steps=2, devices=8)
+    assert abs(first[0]["loss"] - other[0]["loss"]) < 1e-5 * first[0]["loss"]
+    _, plain = small_run(mixes=8)
+    assert first[0]["loss"] != plain[0]["loss"]
+    both = {"refs": 2, "separate": True, "own_color": "auto"}
+    _, together = small_run(**both, devices=2, style=2)
+    _, on_one = small_run(**both)
+    np.testing.assert_allclose(together[0]["loss"], on_one[0]["loss"], 1e-5)
 
 
 def test_only_what_draws_the_picture_trains():
@@ -427,9 +498,17 @@ def test_styles_side_by_side_with_the_identity_loss():
     np.testing.assert_allclose(metrics["loss"], expected, atol=1e-5)
 
 
-def test_styles_side_by_side_need_no_collective(quick_compile):
+@pytest.mark.parametrize(
+    "own_color", [0.0, pytest.param("auto", marks=pytest.mark.slow)]
+)
+def test_styles_side_by_side_need_no_collective(quick_compile, own_color):
     options = jojo.Options(
-        ref=(Path("a"), Path("b")), separate=True, mask=MASK, mixes=2, patience=3
+        ref=(Path("a"), Path("b")),
+        separate=True,
+        mask=MASK,
+        mixes=2,
+        patience=3,
+        own_color=own_color,
     )
     base = GENERATOR.init_params(key=jax.random.key(1))
     codes = jnp.zeros((2, len(GENERATOR.layer_names), 16))
@@ -438,18 +517,15 @@ def test_styles_side_by_side_need_no_collective(quick_compile):
     state, frozen = jax.eval_shape(
         lambda: (
             jojo.start_state(options, base, tx),
-            {
-                "judge": judge_params,
-                "reference": {
-                    "codes": codes[:, None],
-                    "features": [
-                        f[:, None]
-                        for f in jojo.describe(
-                            options, JUDGE, judge_params, jnp.zeros((2, 8, 8, 3))
-                        )
-                    ],
-                },
-            },
+            jojo.frozen_of(
+                options,
+                GENERATOR,
+                base,
+                JUDGE,
+                judge_params,
+                jnp.zeros((2, 8, 8, 3)),
+                codes,
+            ),
         )
     )
     mesh = make_mesh(style=2, devices=jax.devices()[:2])
@@ -468,7 +544,12 @@ def test_styles_side_by_side_need_no_collective(quick_compile):
 
 def test_styles_begin_on_their_own_devices(quick_compile):
     """Each device makes its styles and their features, and no other ever holds them."""
-    options = jojo.Options(ref=tuple(map(Path, "abcdefghij")), separate=True, mask=MASK)
+    options = jojo.Options(
+        ref=tuple(map(Path, "abcdefghij")),
+        separate=True,
+        mask=MASK,
+        own_color="auto",
+    )
     base = GENERATOR.init_params(key=jax.random.key(1))
     judge_params = JUDGE.init_params(key=jax.random.key(2))
     pictures = jnp.tanh(jax.random.normal(jax.random.key(3), (10, 8, 8, 3)))
@@ -659,6 +740,8 @@ def test_masks_and_alpha_are_checked():
         jojo.resolve(dataclasses.replace(here, run=RunOptions(batch=3)))
     with pytest.raises(UserError, match="--id-lambda is -1"):
         jojo.resolve(dataclasses.replace(here, id_lambda=-1.0))
+    with pytest.raises(UserError, match="--own-color is 1.5"):
+        jojo.resolve(dataclasses.replace(here, own_color=1.5))
     assert jojo.resolve(here).run.out == "runs/jojo-test_jojo"
 
 
@@ -671,6 +754,7 @@ def test_weights_recommend_defaults(tmp_path, capsys):
         weights.save(tmp_path / name, networks, params, metadata=metadata)
         return ["--ref", "a.png", "--weights", str(tmp_path / name)]
 
+    assert jojo.read(saved("colours", own_color="auto")).own_color == "auto"
     args = saved("base", perceptual="lpips", steps=100, mask="0-2")
     options = jojo.read(args)
     assert (options.perceptual, options.run.steps, options.mask) == (
