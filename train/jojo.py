@@ -21,8 +21,8 @@ Chong and Forsyth, "JoJoGAN: One Shot Face Stylization", arXiv 2112.11641.
     python -m train.jojo --ref art.png
     python -m jaxstyle.stylize me.jpg
 
-The model that ships with us recommends defaults of its own, printed at the start; half
-a minute on two CPU cores. Look at samples/000000.png first: if the base generator's
+The model that ships with us recommends defaults of its own, printed at the start; a
+minute on two CPU cores. Look at samples/000000.png first: if the base generator's
 picture of the reference (second row) already looks drawn, the style will come out weak;
 try `--inversion virtual` or `mean`.
 
