@@ -650,6 +650,7 @@ def main(args: list[str] | None = None) -> None:
     styles = chosen_styles(options, names)
     for style in styles:
         layer_shares(style.generator, options.intensity, options.layers)
+        resolved(options.tuning, style.base_name)
     newest = "" if options.weights else " (the newest finished run)"
     bases = ", ".join(sorted({s.base_name for s in styles if s.exemplar is None}))
     origin = f", finetuned from {bases}" if bases else ""

@@ -62,7 +62,7 @@ def resolved(options: TuneOptions, name: str) -> TuneOptions:
         rate = advice.get("tune_lr", PUBLISHED_LR)
     if steps < 0:
         raise UserError(f"--tune is {steps}; it must be at least 0")
-    if rate <= 0:
+    if not rate > 0:
         raise UserError(f"--tune-lr is {rate}; it must be above 0")
     return TuneOptions(steps, rate)
 

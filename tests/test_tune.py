@@ -78,6 +78,7 @@ def test_the_model_recommends_and_the_user_decides(tmp_path):
     for wrong, message in (
         (tune.TuneOptions(tune=-1), "--tune is -1"),
         (tune.TuneOptions(tune_lr=0.0), "--tune-lr is 0"),
+        (tune.TuneOptions(tune_lr=float("nan")), "--tune-lr is nan"),
     ):
         with pytest.raises(UserError, match=message):
             tune.resolved(wrong, wise)

@@ -31,7 +31,7 @@ ENCODER = (
 ARGUMENTS = {
     "stylegan2": "--weights {base} --data {faces} --batch 8",
     "jojo": "--weights {base} --ref {photo} --no-align --inversion mean --mixes 8 "
-    "--mask 11110000",
+    "--mask 11110000 --own-color auto",
     "psp": ENCODER,
     "e4e": ENCODER + " --w-pool 0",
     "mapper": "--weights {base} --clip {clip} --batch 8 --target sketch --id-lambda 0 "
