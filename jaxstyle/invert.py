@@ -162,8 +162,15 @@ def _draw(generator: Generator, params: Params, codes: Array, space: str):
     return generator.apply({"params": params}, codes, space=space)
 
 
-def _judge(frozen: Params, image: Array, judge: nn.Module) -> Array:
-    """Distance [n] of pictures [n, size, size, 3] to their targets."""
+def photo_distance(frozen: Params, image: Array, judge: nn.Module) -> Array:
+    """Distance [n] of pictures [n, size, size, 3] to their targets.
+
+    Args:
+      frozen: `targets`, their `features`, the judge's parameters `lpips`, and in
+        `search` the weight `mse` of the squared pixel differences.
+      image: the pictures.
+      judge: an `LPIPS` module; see `for_lpips`.
+    """
     small = for_lpips(image)
     distance = judge.apply(
         {"params": frozen["lpips"]},
@@ -193,7 +200,7 @@ def _step(point, moments, frozen, step, *, generator, judge, space):
     def loss(point):
         codes = _codes(point, frozen, space, noise)
         image, _ = _draw(generator, frozen["generator"], codes, space)
-        losses = _judge(frozen, image, judge)
+        losses = photo_distance(frozen, image, judge)
         # A z has its own length, which the mapping network takes away.
         pulled = [x for k, x in point.items() if k == "rows" or space[0] == "w"]
         losses += search["pull"] * sum(
@@ -227,7 +234,7 @@ def _start(frozen, *, generator, judge, space):
 
     def score(z):
         image, _ = generator.apply({"params": frozen["generator"]}, z[None])
-        return _judge(frozen, image, judge)
+        return photo_distance(frozen, image, judge)
 
     z = jax.random.normal(frozen["key"], (CANDIDATES, generator.z_dim))
     return point | {"base": z[jnp.argmin(jax.lax.map(score, z), 0)]}

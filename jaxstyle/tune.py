@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from jaxstyle import weights
 from jaxstyle.errors import UserError
-from jaxstyle.invert import for_lpips
+from jaxstyle.invert import for_lpips, photo_distance
 from jaxstyle.pipeline import resize
 from jaxstyle.stylegan2 import Generator, Params
 
@@ -83,13 +83,7 @@ def _step(synthesis, moments, frozen, *, generator, judge):
     def loss(synthesis):
         params = frozen["rest"] | {"synthesis": synthesis}
         image, _ = generator.apply({"params": params}, frozen["code"], space="w_plus")
-        distance = judge.apply(
-            {"params": frozen["lpips"]},
-            for_lpips(image),
-            frozen["features"],
-            method="feature_distance",
-        )
-        return jnp.sum(distance) + jnp.mean(jnp.square(image - frozen["target"]))
+        return jnp.sum(photo_distance(frozen, image, judge))
 
     value, gradient = jax.value_and_grad(loss)(synthesis)
     moves, moments = optax.scale_by_adam().update(gradient, moments)
@@ -134,7 +128,8 @@ def tune(
             frozen = {
                 "rest": rest,
                 "code": jnp.asarray(code, jnp.float32)[None],
-                "target": target,
+                "targets": target,
+                "search": {"mse": 1.0},
                 "features": _features(judge_params["lpips"], target, judge=judge.lpips),
                 "lpips": judge_params["lpips"],
                 "rate": jnp.float32(options.tune_lr),

@@ -232,8 +232,8 @@ def loss_fn(
       frozen: `judge`; `affine` (the base's) for `--mask-space s`; `base` for
         `--id-lambda` and `--own-color`, `identity` for the former.
       reference: `codes` [refs, num_layers, w_dim] and `features` of the pictures; for
-        `--own-color` also the `pictures`, what the base draws of their codes without
-        noise, `inverted` [refs, size, size, 3], and the `shares` [refs].
+        `--own-color` instead of these the `pictures`, what the base draws of their
+        codes without noise, `inverted` [refs, size, size, 3], and the `shares` [refs].
       z: [refs * mixes, z_dim], the mixes of a reference in a row.
       options: of the scheme.
       generator, judge: modules.
@@ -423,10 +423,7 @@ def frozen_of(
       codes: theirs, [refs, num_layers, w_dim].
       identity_params: of the identity network, for `--id-lambda`.
     """
-    features = styles.a_few_at_a_time(
-        partial(describe, options, judge), judge_params, pictures, references.BATCH
-    )
-    reference = {"codes": codes, "features": features}
+    reference = {"codes": codes}
     if options.own_color:
 
         def draw(base, codes):
@@ -438,6 +435,10 @@ def frozen_of(
             "inverted": styles.a_few_at_a_time(draw, base, codes, references.BATCH),
             "shares": own_color_shares(options, pictures),
         }
+    else:
+        reference["features"] = styles.a_few_at_a_time(
+            partial(describe, options, judge), judge_params, pictures, references.BATCH
+        )
     key = jax.random.key(options.run.seed)
     if options.codes:
         shape = (codes.shape[0], options.codes, generator.z_dim)

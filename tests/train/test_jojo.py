@@ -542,13 +542,16 @@ def test_styles_side_by_side_need_no_collective(quick_compile, own_color):
     assert not re.findall(fits.COLLECTIVES, text)
 
 
-def test_styles_begin_on_their_own_devices(quick_compile):
+@pytest.mark.parametrize(
+    "own_color", [0.0, pytest.param("auto", marks=pytest.mark.slow)]
+)
+def test_styles_begin_on_their_own_devices(quick_compile, own_color):
     """Each device makes its styles and their features, and no other ever holds them."""
     options = jojo.Options(
         ref=tuple(map(Path, "abcdefghij")),
         separate=True,
         mask=MASK,
-        own_color="auto",
+        own_color=own_color,
     )
     base = GENERATOR.init_params(key=jax.random.key(1))
     judge_params = JUDGE.init_params(key=jax.random.key(2))
@@ -574,9 +577,21 @@ def test_styles_begin_on_their_own_devices(quick_compile):
     # The run takes them over: nobody holds a second copy.
     taken = sharding.place(state, layout, take=True)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, taken, state)))
-    whole = jojo.describe(options, JUDGE, judge_params, pictures)
-    for some, feature in zip(frozen["reference"]["features"], whole, strict=True):
-        np.testing.assert_allclose(some[:, 0], feature, atol=1e-5)
+    if own_color:
+        inverted, _ = GENERATOR.apply(
+            {"params": base}, codes, space="w_layers", noise="none"
+        )
+        taught = {"pictures": pictures, "inverted": inverted}
+    else:
+        taught = {"features": jojo.describe(options, JUDGE, judge_params, pictures)}
+    for name, whole in taught.items():
+        jax.tree.map(
+            lambda some, all_of: np.testing.assert_allclose(
+                some[:, 0], all_of, atol=1e-5
+            ),
+            frozen["reference"][name],
+            whole,
+        )
     jax.tree.map(np.testing.assert_array_equal, frozen["judge"], judge_params)
 
     def describe(params, pictures):
