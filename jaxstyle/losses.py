@@ -50,9 +50,8 @@ def contextual(x: Array, y: Array, *, bandwidth: float = 0.2) -> Array:
     x, y = (
         _unit(a.astype(jnp.float32) - mean).reshape(batch, -1, channels) for a in (x, y)
     )
-    one = partial(_best_similarity, bandwidth=bandwidth)
-    # One picture after the other: their matrices are not in memory together.
-    best = lax.map(lambda pair: one(*pair), (x, y))
+    # All pictures at once: a loop over them would bring a split batch to every device.
+    best = jax.vmap(partial(_best_similarity, bandwidth=bandwidth))(x, y)
     return jnp.mean(-jnp.log(jnp.mean(best, -1) + CX_EPSILON))
 
 

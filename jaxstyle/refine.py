@@ -163,10 +163,9 @@ def loss(
         method="feature_distance",
     )
     seen = networks.features.apply({"params": frozen["features"]}, image)
-    # One picture after the other: the loss centres features over its whole batch.
-    cx = jax.lax.map(
-        lambda pair: losses.contextual(pair[0][None], pair[1][None]),
-        (seen[losses.CX_TAP], given["cx"]),
+    # Each picture in a batch of its own: the loss centres features over its batch.
+    cx = jax.vmap(lambda x, y: losses.contextual(x[None], y[None]))(
+        seen[losses.CX_TAP], given["cx"]
     )
     noise = jax.vmap(lambda p: losses.noise_correlation([x[None] for x in p]))(
         list(point["noise"].values())

@@ -1,6 +1,7 @@
 """Losses against the original's values and gradients, through converted judges."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from tests.filled import (
     input_array,
     nhwc,
 )
+from train import fits
 
 # The README's bounds for a float32 run.
 VALUE, NORM, MAP = 1e-5, 5e-4, 1e-3
@@ -111,8 +113,18 @@ def memory_of(batch, side=64, channels=256):
 def test_memory_of_the_contextual_loss():
     """4096 x 4096 positions: a single whole matrix would take 64 MiB."""
     assert memory_of(1) < 100e6
-    # A second picture adds its features, not a second matrix.
+    # A second picture adds its features and some rows, not a second matrix.
     assert memory_of(2) - memory_of(1) < 60e6
+
+
+def test_contextual_loss_of_a_split_batch():
+    """Each device compares its own pictures; only means cross between devices."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    shape = jax.ShapeDtypeStruct((8, 6, 6, 16), jnp.float32, sharding=rows)
+    step = jax.jit(jax.value_and_grad(losses.contextual))
+    text = step.lower(shape, shape).compile().as_text()
+    assert set(re.findall(fits.COLLECTIVES, text)) == {"all-reduce"}
 
 
 # VGG
