@@ -408,6 +408,32 @@ class Options:
     align: Annotated[AlignOptions, tyro.conf.OmitArgPrefixes] = AlignOptions()
 
 
+def _outputs(
+    options: Options, paths: list[epath.Path], folder: bool
+) -> list[epath.Path]:
+    """The file of each crop; refuses one that would take the place of a photo."""
+    out = epath.Path(options.out)
+    is_file = bool(out.suffix) and not out.is_dir()
+    if folder and is_file and out.suffix.lower() in images.SUFFIXES:
+        raise UserError(
+            f"OUT is {out}, one picture, but {options.photo} is a folder of photos; "
+            "name a folder"
+        )
+    if is_file and not folder:
+        images.image_format_of(out)
+        outs = [out]
+    else:
+        outs = [out / f"{name}.png" for name in images.file_names(paths)]
+    photos = {path.resolve() for path in paths}
+    for file in outs:
+        if file.resolve() in photos:
+            raise UserError(
+                f"OUT is {out}: the crop would overwrite the photo {file}; name "
+                "another file or folder"
+            )
+    return outs
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m jaxstyle.align`."""
@@ -426,12 +452,9 @@ def main(args: list[str] | None = None) -> None:
                 f"--eyes and --mouth are for one picture, but {options.photo} holds "
                 f"{len(paths)}; use --landmarks FOLDER"
             )
-    out = epath.Path(options.out)
-    single = not folder and bool(out.suffix)
-    if single:
-        images.image_format_of(out)
+    outs = _outputs(options, paths, folder)
     done = 0
-    for path in paths:
+    for path, out in zip(paths, outs, strict=True):
         try:
             crop, _ = prepare(path, options.size, options.align)
         except UserError as error:
@@ -439,7 +462,7 @@ def main(args: list[str] | None = None) -> None:
                 raise
             print(f"left out: {one_line(error)}", file=sys.stderr)
             continue
-        print(images.save_image(out if single else out / f"{path.stem}.png", crop))
+        print(images.save_image(out, crop))
         done += 1
     if folder:
         print(f"{done} of {len(paths)} pictures aligned", file=sys.stderr)

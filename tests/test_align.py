@@ -241,3 +241,29 @@ def test_command(photo, tmp_path, capsys):
             align.main(wrong)
         assert stopped.value.code == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_command_loses_no_picture(photo, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "a.png"):
+        images.save_image(folder / name, images.open_image(photo))
+    small = ["--no-align", "--size", "32"]
+    align.main([str(folder), str(tmp_path / "out"), *small])
+    crops = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert crops == ["a-jpg.png", "a-png.png"]
+
+    (folder / "a.jpg").unlink()
+    before = {p: p.read_bytes() for p in (photo, folder / "a.png")}
+    for photos, out, why in (
+        (photo, photo, "overwrite the photo"),
+        (photo, tmp_path, "overwrite the photo"),
+        (folder, folder, "overwrite the photo"),
+        (folder, tmp_path / "photos" / ".." / "photos", "overwrite the photo"),
+        (folder, tmp_path / "crop.png", "is a folder of photos"),
+    ):
+        with pytest.raises(SystemExit):
+            align.main([str(photos), str(out), *small])
+        error = capsys.readouterr().err
+        assert f"OUT is {out}" in error and why in error
+    assert before == {p: p.read_bytes() for p in before}
+    assert not (tmp_path / "crop.png").exists()
