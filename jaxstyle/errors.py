@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import logging
 import os
 import sys
 
@@ -14,6 +15,9 @@ _PATH_ERRORS = {
     errno.EEXIST,
     errno.ENOTEMPTY,
     errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
     errno.EROFS,
     errno.ENAMETOOLONG,
 }
@@ -30,6 +34,34 @@ def one_line(text, limit=600):
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def reason(error):
+    """The innermost message, without the places in libraries it came through."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = one_line(str(error).split(" [")[0], 2000)
+    # What the system said comes last.
+    return text if len(text) < 200 else f"{text[:70]} … {text[-120:]}"
+
+
+def _without_traceback(record):
+    # What fails in Orbax's threads comes back as an exception too.
+    return not record.exc_info
+
+
+def _unraisable(what, shown=sys.unraisablehook):
+    # One write has failed, and Orbax has closed the event loop that TensorStore's
+    # threads still tell of the others.
+    if str(what.exc_value) != "Event loop is closed":
+        shown(what)
+
+
+def _hush_writers():
+    """Keep off the screen what the threads of a failed write say besides the error."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_without_traceback)
+    sys.unraisablehook = _unraisable
+
+
 def cli(main):
     """Wrap the `main` of a command so that user errors end without a traceback.
 
@@ -40,6 +72,7 @@ def cli(main):
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        _hush_writers()
         try:
             return main(*args, **kwargs)
         except UserError as error:

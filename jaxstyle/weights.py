@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxstyle.errors import UserError, one_line
+from jaxstyle.errors import UserError, reason
 from jaxstyle.paths import is_remote, place
 
 FORMAT_VERSION = 1
@@ -244,7 +244,8 @@ def save(
       overwrite: replace an existing folder.
 
     Raises:
-      UserError: the folder exists, or the parameters do not fit the networks.
+      UserError: the folder exists or cannot be written, or the parameters do not fit
+        the networks.
     """
     path = place(path)
     path = path if is_remote(path) else path.resolve()
@@ -258,11 +259,20 @@ def save(
         floating = jnp.issubdtype(x.dtype, jnp.floating)
         return x.astype(dtype) if dtype and floating else x
 
+    params = jax.tree.map(stored, params)
+    text = json.dumps(config_dict(networks, metadata), indent=2)
+
     def write(folder):
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(folder / "params", jax.tree.map(stored, params))
-        text = json.dumps(config_dict(networks, metadata), indent=2)
-        (folder / "config.json").write_text(text + "\n")
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(folder / "params", params)
+            (folder / "config.json").write_text(text + "\n")
+        # Orbax and its threads pass on whatever the file system raised.
+        except Exception as error:
+            raise UserError(
+                f"{path} could not be written ({reason(error)}). Make room, then give "
+                "the same command"
+            ) from error
 
     if is_remote(path):
         if path.exists():
@@ -309,8 +319,9 @@ def _restore(folder: Any) -> Any:
             return handler.restore(folder, args=args)
         # Orbax raises many kinds, a bare Exception among them.
         except Exception as error:
-            reason = one_line(str(error).split(" [")[0], 200)
-            raise UserError(f"{folder} is damaged or incomplete ({reason})") from error
+            raise UserError(
+                f"{folder} is damaged or incomplete ({reason(error)})"
+            ) from error
 
 
 def load(

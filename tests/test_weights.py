@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxstyle import weights
@@ -20,6 +21,26 @@ def test_a_folder_comes_back_and_does_not_name_where_it_was_made(tmp_path):
     assert files
     for path in files:
         assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    generator = Generator(8, channels=(4, 4), mapping_depth=1, z_dim=4, w_dim=4)
+    params = {"generator": generator.init_params(key=jax.random.key(0))}
+    weights.save(tmp_path / "small", {"generator": generator}, params)
+
+    def full(self, folder, tree):
+        folder.mkdir()
+        raise ValueError("d/1: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    for name, overwrite in (("small", True), ("other", False)):
+        with pytest.raises(UserError, match=rf"{name} .* \(d/1: .* device\).* room"):
+            weights.save(
+                tmp_path / name, {"generator": generator}, params, overwrite=overwrite
+            )
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+    _, back = weights.load(tmp_path / "small")
+    jax.tree.map(np.testing.assert_array_equal, params, back)
 
 
 def test_vendored_folders_load():

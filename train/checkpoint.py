@@ -7,8 +7,6 @@ aside as `<step>.damaged`, and the run goes on from the one before.
 
 import contextlib
 import copy
-import logging
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,28 +15,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from jaxstyle.errors import UserError, one_line
+from jaxstyle.errors import UserError, reason
 from train import processes
 from train.state import TrainState
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    # What fails in Orbax's threads comes back as an exception too.
-    return not record.exc_info
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_without_traceback)
-
-
-def _unraisable(what: Any, shown: Any = sys.unraisablehook) -> None:
-    # One write has failed, and Orbax has closed the event loop that TensorStore's
-    # threads still tell of the others.
-    if str(what.exc_value) != "Event loop is closed":
-        shown(what)
-
-
-sys.unraisablehook = _unraisable
 
 _json: dict[str, Any] = {}
 
@@ -148,7 +127,7 @@ class Checkpoints:
                     place.rmtree()
                 (self._folder / str(step)).rename(place)
                 print(
-                    f"checkpoint {step} cannot be read ({_reason(problem)}): it is "
+                    f"checkpoint {step} cannot be read ({reason(problem)}): it is "
                     f"{place} now; going on from step {instead}"
                 )
         if problems:
@@ -179,7 +158,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(
                 f"checkpoint {step} in {self._folder} is damaged, or does not fit this "
-                f"run's networks or optimisers ({_reason(error)}); put its files back, "
+                f"run's networks or optimisers ({reason(error)}); put its files back, "
                 "or use another --out"
             ) from error
         rest = found["state"]
@@ -219,14 +198,5 @@ class Checkpoints:
             )
             raise UserError(
                 f"a checkpoint could not be written to {self._folder} "
-                f"({_reason(error)}); {kept}. Make room, then give the same command"
+                f"({reason(error)}); {kept}. Make room, then give the same command"
             ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost message, without the places in libraries it came through."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = one_line(str(error).split(" [")[0], 2000)
-    # What the system said comes last.
-    return text if len(text) < 200 else f"{text[:70]} … {text[-120:]}"

@@ -247,6 +247,18 @@ def test_full_disk(tmp_path):
 
 
 @pytest.mark.slow
+def test_full_disk_under_a_network_folder(tmp_path):
+    with mounted(tmp_path / "small", 1) as out:
+        blend = [sys.executable, "-m", "jaxstyle.blend", "heads", "heads"]
+        blend += ["--share", "0.5", "--out", out / "mix"]
+        done = subprocess.run(blend, capture_output=True, text=True)
+        assert done.returncode == 1
+        (error,) = done.stderr.splitlines()
+        assert error.startswith("error: ") and "No space left on device" in error
+        assert not list(out.iterdir())
+
+
+@pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path):
     out, limit = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limit[1]))
