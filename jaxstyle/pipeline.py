@@ -89,7 +89,15 @@ def read_codes(path: str | os.PathLike, generator: Generator) -> tuple[Any, str]
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such code file") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as e:
+    # A TypeError: a .npy file, which holds one array without a name.
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        AttributeError,
+    ) as e:
         raise UserError(
             f"{path} is not an .npz file of codes ({e}); `python -m jaxstyle.invert` "
             "writes one"

@@ -158,9 +158,11 @@ def test_wrong_codes(base, tmp_path, capsys):
     assert "styles" in codes(styles=np.zeros((1, 9)))
     assert "not an .npz" in codes(w=np.array([{}], object))
     (tmp_path / "text.npz").write_text("hello")
-    assert "not an .npz" in fails(
-        capsys, "--weights", base, "--codes", tmp_path / "text.npz"
-    )
+    np.save(tmp_path / "array.npy", np.zeros((1, 6, 16), np.float32))
+    for name in ("text.npz", "array.npy"):
+        assert "not an .npz" in fails(
+            capsys, "--weights", base, "--codes", tmp_path / name
+        )
     assert "no such code file" in fails(
         capsys, "--weights", base, "--codes", tmp_path / "none.npz"
     )
