@@ -67,12 +67,17 @@ def cli(main):
 
     `UserError`, and file system errors such as a missing file, a forbidden folder or
     a full disk, print `error: ...` to stderr and exit with code 1; Ctrl-C exits with
-    130. Every other exception is a bug and keeps its traceback.
+    130. Every other exception is a bug and keeps its traceback. What the stream
+    cannot hold is printed as `\\udce9`.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         _hush_writers()
+        for stream in (sys.stdout, sys.stderr):
+            # File names are bytes, not all of which are text.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:
