@@ -133,17 +133,16 @@ def resolve(name_or_path: str | os.PathLike) -> Any:
     """
     text = os.fspath(name_or_path)
     path = place(text)
-    is_network = (path / "config.json").exists()
-    if "/" not in text and not is_network and (ASSETS / text).is_dir():
+    if (path / "config.json").exists():
+        return path
+    known = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+    if text in known:
         return epath.Path(ASSETS / text)
-    if not is_network:
-        known = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
-        what = "has no config.json" if path.exists() else "does not exist"
-        raise UserError(
-            f"weights {text!r}: that folder {what}; give a folder written by "
-            f"`python -m convert` or a training run, or one of {', '.join(known)}"
-        )
-    return path
+    what = "has no config.json" if path.exists() else "does not exist"
+    raise UserError(
+        f"weights {text!r}: that folder {what}; give a folder written by "
+        f"`python -m convert` or a training run, or one of {', '.join(known)}"
+    )
 
 
 def read_config(name_or_path: str | os.PathLike) -> dict[str, Any]:

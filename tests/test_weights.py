@@ -58,3 +58,10 @@ def test_a_folder_of_pictures_does_not_hide_a_name(tmp_path, monkeypatch):
     assert str(weights.resolve("heads")) == "heads"
     with pytest.raises(UserError, match="does not exist.*heads"):
         weights.resolve("nothing")
+
+
+@pytest.mark.parametrize("text", [".", "..", "", "examples"])
+def test_only_networks_that_ship_have_names(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"weights '{text}': .* one of .*heads"):
+        weights.resolve(text)
