@@ -349,14 +349,19 @@ def prepare(
     when there are several faces, or when an unaligned picture has to be cropped.
     """
     options = options or AlignOptions()
-    image = images.open_image(path)
-    if not options.align:
-        alignment = _center_crop(image, size, path)
-        return alignment.crop, alignment
     if (options.eyes is None) != (options.mouth is None):
         raise UserError(
             "--eyes and --mouth belong together: --eyes x,y x,y --mouth x,y"
         )
+    if options.eyes and not options.align:
+        raise UserError(
+            "--eyes and --mouth say where the face is, --no-align takes the picture as "
+            "it is; leave one of them out"
+        )
+    image = images.open_image(path)
+    if not options.align:
+        alignment = _center_crop(image, size, path)
+        return alignment.crop, alignment
     if options.eyes and options.mouth:
         points = points_by_hand(options.eyes, options.mouth)
     elif options.landmarks in ("embedded", "dlib"):

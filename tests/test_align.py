@@ -1,5 +1,6 @@
 """FFHQ crops against the original's, ways to give the points, and the way back."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -195,8 +196,11 @@ def test_prepare_by_hand_and_from_a_file(photo, tmp_path, golden):
         photo, 64, AlignOptions(landmarks=str(tmp_path / "points.npy"))
     )
     assert crop_2 == crop
-    with pytest.raises(UserError, match="belong together"):
-        align.prepare(photo, 64, AlignOptions(mouth="1,2"))
+    for aligned in (True, False):
+        with pytest.raises(UserError, match="belong together"):
+            align.prepare(photo, 64, AlignOptions(mouth="1,2", align=aligned))
+    with pytest.raises(UserError, match="--eyes and --mouth .* --no-align"):
+        align.prepare(photo, 64, dataclasses.replace(hand, align=False))
 
 
 def test_no_align_crops_the_centre_and_says_so(photo, capsys):
