@@ -237,7 +237,7 @@ def _with_noises(state, table, report):
     if missing:
         report.missing.append(
             f"{len(missing)} of {len(wanted)} noise planes: drawn anew with a fixed "
-            "key; they only matter with --noise const"
+            "key; they only matter with --noise-mode const"
         )
     for i, key in enumerate(wanted):
         if key in missing:
