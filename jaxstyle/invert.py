@@ -9,9 +9,10 @@ et al., arXiv 1912.04958, appendix D, noise planes staying as they are). Steps a
 pulls are measured in standard deviations of w, so the defaults fit any generator.
 
 - `--space w_plus`: one code a row, for photos. The first third of the steps moves a
-  single w, then every row may leave it, pulled back towards it.
-- `--space w`: a single code pulled towards the average one: closer to what the
-  generator knows, farther from the photo.
+  single w, pulled towards the average one; then every row may leave it, pulled back
+  towards it.
+- `--space w`: that single code alone: closer to what the generator knows, farther from
+  the photo.
 - `--space z`: a code of the mapping network's input; `z_plus`: one a row, as w_plus is
   to w, for DualStyleGAN's exemplars.
 
@@ -89,9 +90,10 @@ class Search:
     """Noise on the code at the start, in standard deviations of w; it fades out over
     three quarters of the steps."""
     pull: float | None = None
-    """Weight of the squared distance, in standard deviations, from the average code
-    (w) and of the rows from their common code (w_plus, z_plus). Less resembles the
-    photo more, more takes a style better. None: what the model recommends, else 0.5."""
+    """Weight of the squared distances, in standard deviations, of the (common) code from
+    the average one (w, w_plus) and of the rows from their common code (w_plus, z_plus).
+    Less resembles the photo more, more takes a style better. None: what the model
+    recommends, else 0.5."""
     mse: float = 1.0
     """Weight of the squared pixel differences beside LPIPS."""
     lpips: str = "lpips_alexnet"
@@ -109,7 +111,7 @@ def for_photos(search: Search, name: str) -> Search:
     """A search in w_plus with the pull that a model recommends, if none is given.
 
     A generator of few pictures draws a photo that is unlike them as a smear unless its
-    rows stay together.
+    code stays near the average one and its rows together.
 
     Args:
       search: what was asked for.
