@@ -368,18 +368,24 @@ class _Rows(Sequence):
     """This process's rows of the global batches from `first` on, one long sequence."""
 
     def __init__(
-        self, source, order, batch: int, rows: slice, seed: int, transform: Transform
+        self,
+        source,
+        order,
+        batch: int,
+        rows: np.ndarray,
+        seed: int,
+        transform: Transform,
     ):
         self.source, self.order, self.batch, self.rows = source, order, batch, rows
         self.seed, self.transform, self.first = seed, transform, 0
-        self.local = rows.stop - rows.start
+        self.local = len(rows)
 
     def __len__(self) -> int:
         return (len(self.order) // self.batch - self.first) * self.local
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, row = divmod(index, self.local)
-        position = (self.first + step) * self.batch + self.rows.start + row
+        position = (self.first + step) * self.batch + int(self.rows[row])
         example, broken = first_readable(
             self.source,
             int(self.order[position]),

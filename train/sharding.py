@@ -10,6 +10,7 @@ The mesh has four axes, each of size 1 unless asked for:
 | `space` | rows of the pictures, for one that does not fit on one device           |
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -225,25 +226,39 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH, "space") if ndim == 4 else P(BATCH))
 
 
-def process_rows(mesh: Mesh, batch: int) -> slice:
-    """The rows of a global batch that this process has to supply."""
+@functools.cache
+def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """The rows of a global batch that this process has to supply, ascending.
+
+    A mesh follows the wiring of the chips, so these need not be neighbours.
+
+    Raises:
+      UserError: a batch that the mesh cannot split.
+    """
     check_batch(batch, mesh)
-    sharding = NamedSharding(mesh, P(BATCH))
-    parts = [
-        s[0].indices(batch)[:2]
-        for s in sharding.addressable_devices_indices_map((batch,)).values()
-    ]
-    return slice(min(p[0] for p in parts), max(p[1] for p in parts))
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,))
+    found = [np.arange(*part[0].indices(batch)) for part in parts.values()]
+    return np.unique(np.concatenate(found))
 
 
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Global arrays from the rows of this process, [local_batch, ...] each."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            batch_sharding(mesh, np.ndim(rows)), np.asarray(rows)
-        )
-        for name, rows in local.items()
-    }
+    places = batch_places(mesh)
+    mine = len(process_rows(mesh, places))
+
+    def made(x: np.ndarray) -> Array:
+        batch = len(x) // mine * places
+        rows = process_rows(mesh, batch)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(batch)
+            begin = np.searchsorted(rows, first)
+            return x[begin : begin + end - first][:, *index[1:]]
+
+        where = batch_sharding(mesh, x.ndim)
+        return jax.make_array_from_callback((batch, *x.shape[1:]), where, part)
+
+    return {name: made(np.asarray(rows)) for name, rows in local.items()}
 
 
 # Inside a step

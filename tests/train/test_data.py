@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jaxstyle.errors import UserError
-from tests.train import toy
+from tests.train import many, toy
 from tests.train.test_loop import mesh_of
 from train import data, prepare, read_speed, transforms
 
@@ -80,12 +80,25 @@ def test_processes_share_a_global_batch(monkeypatch):
         data.batches(MARKED, 6, mesh_of(1), seed=1, transform=data.mirrored), 4
     )
     parts = []
-    for rows in (slice(0, 2), slice(2, 6)):
+    shares = np.array([0, 3]), np.array([1, 2, 4, 5])
+    for rows in shares:
         monkeypatch.setattr(data, "process_rows", lambda *_, r=rows: r)
         stream = data.batches(MARKED, 6, mesh_of(1), seed=1, transform=data.mirrored)
         parts.append([next(stream)["image"] for _ in range(4)])
-    together = np.concatenate([np.concatenate(p) for p in zip(*parts, strict=True)])
-    np.testing.assert_array_equal(whole, together)
+    places = np.argsort(np.concatenate(shares))
+    steps = [np.concatenate(p)[places] for p in zip(*parts, strict=True)]
+    np.testing.assert_array_equal(whole, np.concatenate(steps))
+
+
+def test_processes_may_take_turns_along_the_mesh():
+    """Their rows of a batch are no neighbours then."""
+    found = [
+        re.findall("numbers (.*)", text)
+        for count in (1, 2)
+        for text in many.finished(many.started("tests.train.interleaved", [[]] * count))
+    ]
+    assert len(found[0]) == 3 and len(set(found[0])) == 3
+    assert found[1] == found[0] and found[2] == found[0]
 
 
 def test_folder_is_cropped_and_resized(folder):
