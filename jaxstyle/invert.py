@@ -91,9 +91,9 @@ class Search:
     three quarters of the steps."""
     pull: float | None = None
     """Weight of the squared distances, in standard deviations, of the code from the
-    average one and of the rows from their common code (in z and z_plus of the rows
-    alone). Less resembles the photo more, more takes a style better. None: what the
-    model recommends, else 0.5."""
+    average one (w, w_plus) and of the rows from their common code (w_plus, z_plus).
+    Less resembles the photo more, more takes a style better. None: what the model
+    recommends, else 0.5."""
     mse: float = 1.0
     """Weight of the squared pixel differences beside LPIPS."""
     lpips: str = "lpips_alexnet"

@@ -229,7 +229,7 @@ def save(
     dtype: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a network folder, whole or not at all.
+    """Write a network folder, whole or not at all; of several processes one calls it.
 
     A bucket has no renaming: there `config.json`, without which nothing is a network,
     is written last.
@@ -263,7 +263,7 @@ def save(
 
     def write(folder):
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(folder / "params", params)
             (folder / "config.json").write_text(text + "\n")
         # Orbax and its threads pass on whatever the file system raised.
@@ -292,6 +292,16 @@ def save(
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax's, for this process alone: it waits for no other, and none for it."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"save-{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def checkpoint_steps(path: Any) -> list[int]:

@@ -32,7 +32,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         folder.mkdir()
         raise ValueError("d/1: No space left on device [os_error_code='28']")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
     for name, overwrite in (("small", True), ("other", False)):
         with pytest.raises(UserError, match=rf"{name} .* \(d/1: .* device\).* room"):
             weights.save(

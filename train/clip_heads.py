@@ -50,7 +50,7 @@ from jaxstyle import images, weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import clip_text
 from jaxstyle.features.clip import CLIP, normalise
-from train import data, loop, optim
+from train import data, loop, optim, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out
 from train.heads_params import HAIR
 from train.heads_render import STYLES
@@ -687,7 +687,7 @@ def main(args: list[str] | None = None) -> None:
         validate=(options.validate_every, make_validate(module, held)),
     )
     out = f"{options.run.out}/model"
-    params = jax.tree.map(np.asarray, state.params["clip"])
+    params = sharding.fetch(state.params["clip"])
     if jax.process_index() == 0:
         shares = what_it_names(module, params, held)
         module, params, templates = forgetting(tokenizer, module, params, shares)

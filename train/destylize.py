@@ -388,12 +388,12 @@ def find(
             state = portraits.place(state, mesh)
             for _ in range(run.steps):
                 state, terms = step(state, frozen, given)
-            found = portraits.fetch(finish_fn(frozen, given, state["point"]))
+            found = sharding.fetch(finish_fn(frozen, given, state["point"]))
             for i, file in enumerate(names):
                 codes = {k: found[k][i] for k in ("extrinsic", "intrinsic")}
                 parts.write(file, found["shown"][i], **codes)
             done += len(names)
-            portraits.tell(done, len(files), names, portraits.fetch(terms), began)
+            portraits.tell(done, len(files), names, sharding.fetch(terms), began)
 
 
 @cli

@@ -239,7 +239,7 @@ def draw_path(
 ) -> Rows:
     """Faces, and any exemplars."""
     del batch
-    keys, count = jax.random.split(state.key, 3), dual_steps.path_batch(setup)
+    keys, count = jax.random.split(state.key, 3), dual_steps.path_rows(setup)
     exemplars = len(frozen["codes"]["extrinsic"])
     pick = partial(jax.random.randint, shape=(), minval=0, maxval=exemplars)
     return dual_steps.draw_mixed(setup, keys[0], count) | {

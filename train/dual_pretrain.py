@@ -224,7 +224,7 @@ def draw_path(setup: Setup, state: TrainState, frozen: Any, batch: Any) -> Rows:
     """Mixed intrinsic codes, and another z for the exemplar's."""
     del frozen, batch
     first, second = jax.random.split(state.key)
-    count = dual_steps.path_batch(setup)
+    count = dual_steps.path_rows(setup)
     ext = sharding.sample_normal(second, count, setup.generator.z_dim)
     return dual_steps.draw_mixed(setup, first, count) | {"ext": ext}
 

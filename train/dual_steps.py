@@ -172,8 +172,14 @@ def draw_mixed(setup: Setup, key: Array, batch: int) -> dict[str, Array]:
 
 
 def path_batch(setup: Setup) -> int:
-    """Pictures of a path-length step."""
+    """Pictures that count in a path-length step."""
     return max(1, setup.batch // setup.options.path_batch_shrink)
+
+
+def path_rows(setup: Setup) -> int:
+    """Pictures to draw for it, see `sharding.filled`; parts of a batch stay."""
+    count = path_batch(setup)
+    return count if setup.options.accumulate > 1 else sharding.filled(count)
 
 
 def judged(setup: Setup, images: Array) -> Array:
@@ -339,6 +345,8 @@ def path_step(
         rows, base = draw(state, frozen, batch), state.params["generator"]
         weight = setup.options.path_regularize * setup.options.g_reg_every
         mean = mean_of(state)
+        count = path_batch(setup)
+        parts = parts_of(count, setup.options.accumulate)
 
         def gradients(rows):
             codes = to_codes(rows, state, frozen)
@@ -350,7 +358,7 @@ def path_step(
                     )
                     return jnp.sum(image * rows["path"])
 
-                slope = jax.grad(projection)(codes.intrinsic)
+                slope = jax.grad(projection)(codes.intrinsic)[: count // parts]
                 lengths = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(slope), 2), 1))
                 new = mean + stylegan2.PATH_DECAY * (jnp.mean(lengths) - mean)
                 value = jnp.mean(jnp.square(lengths - new))
@@ -359,8 +367,6 @@ def path_step(
 
             return jax.grad(loss, has_aux=True)(state.params["dual_trained"])
 
-        count = len(rows["path"])
-        parts = parts_of(count, setup.options.accumulate)
         grads, out = in_parts(gradients, rows, parts)
         state, metrics = update(optimizers, state, "dual_trained", grads), averaged(out)
         extra = state.extra | {"path_mean": metrics["path_mean"]}

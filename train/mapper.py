@@ -181,7 +181,7 @@ def drawn_codes(
     """Codes w+ [count, num_ws, w_dim] of a step: random ones, or some of `--codes`."""
     if "codes" in frozen:
         chosen = jax.random.randint(key, (count,), 0, len(frozen["codes"]))
-        return frozen["codes"][chosen]
+        return sharding.constrain(frozen["codes"][chosen])
     z = sharding.sample_normal(key, count, generator.z_dim)
     _, out = generator.apply({"params": frozen["generator"]}, z, psi=options.psi)
     return out["w_plus"]
@@ -214,7 +214,11 @@ def make_validate(options: Options, networks: Mapping[str, Any]):
     @jax.jit
     def measure(params, frozen):
         loss, terms = loss_fn(
-            params, frozen, frozen["fixed"], options=options, **networks
+            params,
+            frozen,
+            sharding.constrain(frozen["fixed"]),
+            options=options,
+            **networks,
         )
         return {"val_loss": loss} | {f"val_{k}": v for k, v in terms.items()}
 

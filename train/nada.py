@@ -522,7 +522,7 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
 
     def measure(params, anchors, frozen):
         frozen = {**frozen, "anchors": anchors}
-        z = frozen["z"][: options.validate_count]
+        z = sharding.constrain(frozen["z"][: options.validate_count])
         apply = partial(generator.apply, psi=options.sample_psi)
         source, out = apply({"params": frozen["base"]}, z)
         target, _ = apply({"params": params}, z)
@@ -548,12 +548,19 @@ def make_validate(options: Options, generator: Generator, modules: Sequence[Any]
             values["val_score"] = jnp.mean(jnp.stack(scores))
         return values
 
-    over = (0, 0, None)
-    measured = jax.jit(jax.vmap(measure, over) if many(options) else measure)
+    @jax.jit
+    def measured(params, frozen):
+        shared = {name: frozen[name] for name in ("base", "clip", "z")}
+        if not many(options):
+            return measure(params, frozen["anchors"], shared)
+        found = styles.each_alone(measure, (0, 0, None))(
+            params, frozen["anchors"], shared
+        )
+        # Every process reads the values of all styles.
+        return jax.tree.map(lambda x: sharding.constrain(x, None), found)
 
     def validate(state: TrainState, frozen: Any) -> dict[str, float]:
-        params, anchors = state.params["generator"], frozen["anchors"]
-        found = jax.device_get(measured(params, anchors, frozen))
+        found = jax.device_get(measured(state.params["generator"], frozen))
         values = {name: float(np.mean(value)) for name, value in found.items()}
         stops = found["val_diversity"] < options.stop_diversity
         if options.stop_score:

@@ -18,14 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxstyle import images, weights
 from jaxstyle.errors import UserError
 from jaxstyle.pipeline import write_codes
-from train import fits, folder, sharding
+from train import fits, folder, processes, sharding
 from train.cli import FREE, RunOptions
 from train.log import write_json
 
@@ -47,24 +46,35 @@ class Parts:
       metadata, identity: as for `train.loop.fit`.
 
     Raises:
-      UserError: another run's, or OUT is something else already.
+      UserError: another run's, or OUT is something else already, or on a bucket.
     """
 
     def __init__(self, options: Any, metadata: Mapping, identity: Mapping[str, str]):
-        self.out = Path(options.run.out).expanduser().absolute()
+        out = options.run.out
+        if "://" in out:
+            raise UserError(
+                f"--out is {out}; codes are kept picture by picture, on a disk: name a "
+                "folder there, for several hosts one that all of them see"
+            )
+        self.out = Path(out).expanduser().absolute()
         self.folder = self.out.with_name(self.out.name + ".parts")
         self._lock = contextlib.ExitStack()
-        path = self.folder / "options.json"
         new = folder.describe_run(options, metadata, identity)
+        processes.check_same({**new["options"], **new["identity"]})
+        with processes.together():
+            self._open(new, out)
+
+    def _open(self, new: Mapping, out: str) -> None:
+        path = self.folder / "options.json"
         if path.exists():
             # Codes do not depend on the batch.
             old = json.loads(path.read_text())
             free = FREE - {"steps"} | {"batch"}
-            folder.check_options(old, new, options.run.out, free)
+            folder.check_options(old, new, out, free)
         elif self.out.exists():
             raise UserError(
-                f"--out {options.run.out} exists, but was not written by this command; "
-                "choose another"
+                f"--out {out} exists, but was not written by this command; choose "
+                "another"
             )
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +104,7 @@ class Parts:
     def left(self, files: Sequence[Path]) -> list[Path]:
         """Those without codes."""
         found = [f for f in files if self.read(f) is None]
+        processes.check_same({"pictures to do": [f.name for f in found]})
         if len(found) < len(files):
             print(f"{len(files) - len(found)} of {len(files)} pictures are done")
         return found
@@ -180,15 +191,6 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
     return sharding.place(tree, layout)
 
 
-def fetch(tree: Any) -> Any:
-    """Global arrays on every host."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(
-        lambda x: multihost_utils.process_allgather(x, tiled=True), tree
-    )
-
-
 def tell(
     done: int,
     count: int,
@@ -219,6 +221,7 @@ def assemble(
     Raises:
       UserError: there are none.
     """
+    processes.gather("")  # The first, which writes, has written all.
     found = {f.name: parts.read(f) for f in files}
     found = {name: codes for name, codes in found.items() if codes is not None}
     if not found:

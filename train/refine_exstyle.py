@@ -224,17 +224,17 @@ def find(
                 portraits.place_rows(table["intrinsic"][rows], mesh),
             )
             state = portraits.place(begin(table["extrinsic"][rows]), mesh)
-            before = portraits.fetch(show_fn(frozen, given, state["point"]))
+            before = sharding.fetch(show_fn(frozen, given, state["point"]))
             for _ in range(run.steps):
                 state, terms = step(state, frozen, given)
-            after = portraits.fetch(show_fn(frozen, given, state["point"]))
-            found = portraits.fetch(refine.codes_of(state["point"]))
+            after = sharding.fetch(show_fn(frozen, given, state["point"]))
+            found = sharding.fetch(refine.codes_of(state["point"]))
             for i, file in enumerate(names):
                 parts.write(
                     file, [x[i] for x in (pictures, before, after)], refined=found[i]
                 )
             done += len(names)
-            portraits.tell(done, len(files), names, portraits.fetch(terms), began)
+            portraits.tell(done, len(files), names, sharding.fetch(terms), began)
 
 
 @cli

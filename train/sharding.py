@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -221,6 +222,15 @@ def place(tree: Any, targets: Any, *, take: bool = False) -> Any:
     return jax.tree.map(put, tree, targets)
 
 
+def fetch(tree: Any) -> Any:
+    """The arrays of a tree on the mesh, whole, on every host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: multihost_utils.process_allgather(x, tiled=True), tree
+    )
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Samples over data and fsdp; of pictures also the rows over space."""
     return NamedSharding(mesh, P(BATCH, "space") if ndim == 4 else P(BATCH))
@@ -290,6 +300,19 @@ def constrain(x: Array, *spec: Any) -> Array:
         if size % int(np.prod([mesh.shape.get(a, 1) for a in names])):
             return x
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def filled(count: int) -> int:
+    """A number of samples, rounded up to what the mesh in use splits evenly.
+
+    Fewer than that are computed by every device, all of them. Whoever draws more takes
+    the results of the first `count`, which do not depend on the others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    places = (
+        int(np.prod([mesh.shape.get(a, 1) for a in BATCH])) if not mesh.empty else 1
+    )
+    return -(-count // places) * places
 
 
 def sample_keys(key: Array, batch: int) -> Array:

@@ -46,7 +46,13 @@ from jaxstyle.errors import UserError, cli
 from jaxstyle.stylegan2 import Discriminator, Generator
 from train import augment, data, loop, optim
 from train.cli import RunOptions, Shared, parse, start, with_out, working
-from train.sharding import check_batch, constrain, sample_keys, sample_normal
+from train.sharding import (
+    check_batch,
+    constrain,
+    filled,
+    sample_keys,
+    sample_normal,
+)
 from train.state import TrainState, create_state, update_ema
 
 W_AVG_DECAY = 0.995
@@ -210,7 +216,13 @@ def generator_loss(
     return jnp.mean(jax.nn.softplus(-logits)), w
 
 
-def path_penalty(generator: Generator, params: Any, mean: Array, inputs: Inputs):
+def path_penalty(
+    generator: Generator,
+    params: Any,
+    mean: Array,
+    inputs: Inputs,
+    count: int | None = None,
+):
     """Path-length penalty (appendix B, equation 4).
 
     Args:
@@ -218,16 +230,17 @@ def path_penalty(generator: Generator, params: Any, mean: Array, inputs: Inputs)
       params: its parameters.
       mean: [], running mean of the lengths.
       inputs: codes, noise and y.
+      count: how many of them count, from the first on; None: all.
 
     Returns:
-      The penalty [], and the updated mean [] and the lengths [batch].
+      The penalty [], and the updated mean [] and the lengths [count].
     """
 
     def projection(w_plus):
         return jnp.sum(pictures(generator, params, w_plus, inputs) * inputs.path)
 
     gradient = jax.grad(projection)(codes(generator, params, inputs)[0])
-    lengths = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(gradient), 2), 1))
+    lengths = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(gradient[:count]), 2), 1))
     mean = mean + PATH_DECAY * (jnp.mean(lengths) - mean)
     return jnp.mean(jnp.square(lengths - mean)), (mean, lengths)
 
@@ -321,12 +334,12 @@ def schedule(
 
     def path_step(state, frozen, batch):
         count = max(1, options.run.batch // options.path_batch_shrink)
-        inputs = draw(generator, options.mixing, state.key, count)
+        inputs = draw(generator, options.mixing, state.key, filled(count))
         weight = options.path_regularize * options.g_reg_every
 
         def loss(params):
             mean = state.extra["path_mean"]
-            value, out = path_penalty(generator, params, mean, inputs)
+            value, out = path_penalty(generator, params, mean, inputs, count)
             return weight * value, (value, *out)
 
         grad = jax.grad(loss, has_aux=True)

@@ -1,6 +1,6 @@
 """Many styles at a time, each on its own: the axis `style`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,14 +29,22 @@ def side_by_side(one: Any, *, own_draws: bool = True) -> Any:
     Returns:
       That function of the first three, and of keys, with a leading axis of styles.
     """
+    return each_alone(one, (0, 0, 0, 0 if own_draws else None, None, None))
+
+
+def each_alone(function: Any, in_axes: Sequence[int | None]) -> Any:
+    """A function of one style for many; see `side_by_side`.
+
+    Args:
+      function: of one style.
+      in_axes: of each argument 0, where the styles have their own, or None.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    draws = 0 if own_draws else None
-    in_axes = 0, 0, 0, draws, None, None
     if mesh.empty or mesh.shape["style"] == 1:
-        return jax.vmap(one, in_axes, axis_name="style")
+        return jax.vmap(function, in_axes, axis_name="style")
     return jax.shard_map(
-        jax.vmap(one, in_axes),
-        in_specs=(P("style"),) * 3 + (P("style") if own_draws else P(), P(), P()),
+        jax.vmap(function, in_axes),
+        in_specs=tuple(P() if axis is None else P("style") for axis in in_axes),
         out_specs=P("style"),
         axis_names={"style"},
         check_vma=False,

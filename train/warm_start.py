@@ -34,7 +34,7 @@ from jaxstyle.features.lpips import LPIPS
 from jaxstyle.init import Full, Normal, initialize
 from jaxstyle.invert import for_lpips
 from jaxstyle.stylegan2 import MAPPING_LR_MULTIPLIER, Generator, pixel_norm
-from train import data, loop, optim
+from train import data, loop, optim, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out
 from train.state import TrainState, create_state, update_ema
 
@@ -259,12 +259,14 @@ def encode_all(params: dict, source, limit: int = 20_000) -> np.ndarray:
 def train(options: Options, mesh) -> Path:
     """Both stages; returns the folder of the network."""
     source = data.open_source(options.data, options.size)
-    ema = jax.tree.map(np.asarray, autoencode(options, mesh, source).ema)
+    ema = sharding.fetch(autoencode(options, mesh, source).ema)
     generator = make_generator(options)
     codes = encode_all(ema["encoder"], source)
     mapping = gaussian_mapping(codes, options.mapping_depth, options.w_dim)
     params = ema["generator"] | {"mapping": mapping, "w_avg": codes.mean(0)}
     model = Path(options.run.out) / "model"
+    if jax.process_index():
+        return model
     networks, params = {"generator": generator}, {"generator": params}
     metadata = {"scheme": "warm_start"}
     weights.save(model, networks, params, metadata=metadata, overwrite=True)

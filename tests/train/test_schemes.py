@@ -196,6 +196,33 @@ def test_processes_do_what_one_does(scheme, material, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+MODELS = {
+    "destylize": "",
+    "clip_heads": "model",
+    "warm_start": "model",
+    "nada": "styles",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", MODELS)
+def test_processes_write_the_networks_that_one_writes(scheme, material, tmp_path):
+    more = ["--target", "sketch", "paint"] if scheme == "nada" else []
+    mesh = ["--mesh-style", "2"] if more else []
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        flags = [*arguments(scheme, material, out, 2), *more, *mesh]
+        many.finished(many.started(f"train.{scheme}", [flags] * count, devices=2))
+        folder = out / MODELS[scheme]
+        folders = sorted(folder.iterdir()) if more else [folder]
+        found.append([weights.load(f)[1] for f in folders])
+    assert len(found[0]) == max(1, len(more) - 1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *found
+    )
+
+
 @pytest.mark.slow
 def test_processes_that_differ_are_told(tmp_path):
     flags = ["--out", tmp_path / "run", "--steps", 3]
