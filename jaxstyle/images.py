@@ -32,7 +32,7 @@ SUFFIXES = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
-_OTHER_READABLE_SUFFIXES = {".gif", ".ppm", ".pgm", ".tga", ".avif", ".jfif", ".mpo"}
+_READABLE_SUFFIXES = set(SUFFIXES) | set(".gif .ppm .pgm .tga .avif .jfif .mpo".split())
 _SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
@@ -252,20 +252,25 @@ def image_files(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such picture or folder")
-    known = set(SUFFIXES) | _OTHER_READABLE_SUFFIXES
-    files = [
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in known
-        and not file.name.startswith(".")
-        and file.is_file()
-    ]
+    files = [file for file in path.iterdir() if _is_picture(file)]
     if not files:
+        known = sorted(_READABLE_SUFFIXES)
         raise UserError(
-            f"{path} holds no pictures ({', '.join(sorted(known))}); sub-folders "
-            "are not searched"
+            f"{path} holds no pictures ({', '.join(known)}); sub-folders are not "
+            "searched"
         )
     return sorted(files, key=lambda file: natural_key(file.name))
+
+
+def holds_pictures(path):
+    """Whether a path is a picture, or a folder of such, by the names of the files."""
+    path = place(path)
+    return any(map(_is_picture, path.iterdir() if path.is_dir() else [path]))
+
+
+def _is_picture(file):
+    known = file.suffix.lower() in _READABLE_SUFFIXES
+    return known and not file.name.startswith(".") and file.is_file()
 
 
 def file_names(paths):

@@ -606,6 +606,34 @@ def draw_overview(options: Options, names: Sequence[str]) -> None:
     print(images.save_image(path, sheet))
 
 
+def is_photo(value: str) -> bool:
+    """Whether a value is a picture or a folder of pictures, and no network."""
+    try:
+        weights.resolve(value)
+    except UserError:
+        return images.holds_pictures(value)
+    return False
+
+
+def check_swallowed(options: Options) -> None:
+    """Refuse a photo after an option of many values, which took it for one of them.
+
+    Raises:
+      UserError: naming the photo and the option.
+    """
+    for flag, values in (
+        ("--weights", options.weights),
+        ("--style-id", options.dual.style_id),
+        ("--edit", options.moves.edit),
+    ):
+        if values and is_photo(values[-1]):
+            raise UserError(
+                f"no photo is given: {flag} took {values[-1]} for a value of its own; "
+                f"name the photo first: python -m jaxstyle.stylize {values[-1]} {flag} "
+                "..."
+            )
+
+
 def check(options: Options) -> None:
     """Refuse options that cannot be.
 
@@ -614,6 +642,7 @@ def check(options: Options) -> None:
         or one face's points for a folder.
     """
     if options.photo is None:
+        check_swallowed(options)
         if options.overview:
             return
         raise UserError("no photo is given; name a picture or a folder of pictures")

@@ -331,6 +331,19 @@ def test_options_that_cannot_be(art, photo, tmp_path, capsys):
     assert "one photo" in fails(capsys, *folder, *points)
 
 
+@pytest.mark.parametrize("flag", ["--weights", "--style-id", "--edit"])
+def test_a_photo_after_an_option_of_many_values(art, photo, capsys, flag):
+    for given in (photo, photo.parent):
+        for flags in ([], ["--overview"]):
+            error = fails(capsys, *flags, "--weights", art, flag, given)
+            assert f"{flag} took {given}" in error
+            assert f"python -m jaxstyle.stylize {given}" in error
+    # A folder of a network is none of photos, whatever lies in it.
+    images.save_image(photo.parent / "run" / "sample.png", picture(1))
+    (photo.parent / "run" / "config.json").write_text("{}")
+    assert "no photo is given; name" in fails(capsys, "--weights", "run")
+
+
 def test_optimisation(folder, photo, tmp_path):
     """LPIPS needs 32 px; the run of the steps is what is checked, not the result."""
     base = save_base(folder / "base32", size=32)
