@@ -338,9 +338,11 @@ def new_codes(
         else "optimize"
     )
     search = dataclasses.replace(search, space="z_plus")
+    encoder: Any = how
     said: Any = dataclasses.astuple(search)
     if how != "optimize":
-        said = f"{how} {(weights.resolve(how) / 'config.json').stat().mtime}"
+        encoder = exemplar_encoder(how, generator)
+        said = f"{how} {weights.digest(encoder.params)}"
     numbers = (said, options.refine, dataclasses.astuple(options.rates))
     sha = hashlib.sha256(crop.tobytes())
     sha.update(repr((weights.digest(params), numbers)).encode())
@@ -352,13 +354,12 @@ def new_codes(
             codes, _ = pipeline.read_codes(kept, generator)
             return jnp.asarray(codes[:1]), jnp.asarray(codes[1:]), crop
     key = jax.random.key(0) if key is None else key
-    if how != "optimize" and not options.refine:
+    if encoder != "optimize" and not options.refine:
         # The program that encodes photos too.
-        encoder = exemplar_encoder(how, generator)
         face = jnp.asarray(encode_pictures(encoder, generator, base, crop[None]))
         found = [face, face]
     else:
-        start = z_plus_code(generator, base, crop, how, search=search, key=key)
+        start = z_plus_code(generator, base, crop, encoder, search=search, key=key)
         codes = [start, start]
         if options.refine:
             codes[0] = refined(model, params, crop, start, options, key=key)
@@ -428,7 +429,7 @@ def z_plus_code(
     generator: Generator,
     params: Params,
     crop: np.ndarray,
-    how: str,
+    encoder: Literal["optimize"] | Encoder,
     *,
     search: Search,
     key: Array,
@@ -438,16 +439,12 @@ def z_plus_code(
     Args:
       generator, params: of the style.
       crop: the picture.
-      how: `optimize`, or an encoder's folder.
+      encoder: `optimize`, or an encoder; see `exemplar_encoder`.
       search, key: of that search, in z_plus.
-
-    Raises:
-      UserError: an encoder of other codes.
     """
-    if how == "optimize":
+    if encoder == "optimize":
         found = invert(generator, params, crop[None], search=search, key=key)
         return found["z_plus"]
-    encoder = exemplar_encoder(how, generator)
     x = pipeline.resize(jnp.asarray(crop)[None], encoder.module.size)
     return np.asarray(
         jax.jit(encode, static_argnums=0)(encoder.module, encoder.params, x)

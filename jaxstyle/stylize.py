@@ -395,8 +395,7 @@ def photo_code(
     sha = hashlib.sha256(crop.tobytes())
     how: Any = (dataclasses.asdict(search), seed)
     if encoder != "optimize":
-        config = weights.resolve(encoder.where) / "config.json"
-        how = (str(encoder.where), config.stat().mtime, encoder.space)
+        how = (str(encoder.where), weights.digest(encoder.params), encoder.space)
     sha.update(repr((weights.digest(params), how)).encode())
     path = None
     if cache is not None:

@@ -1,6 +1,7 @@
 """Photos in the style of an exemplar, through the command."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -169,6 +170,28 @@ def test_a_picture_becomes_an_exemplar(style, photo, tmp_path, capsys):
     assert "exemplar's code of an earlier" not in capsys.readouterr().out
     np.testing.assert_array_equal(run(photo, *flags), first)
     assert "exemplar's code of an earlier" in capsys.readouterr().out
+
+
+def test_an_exemplar_of_an_encoder_that_trains_on(style, photo, tmp_path):
+    """Checkpoints change while the run's config.json stays."""
+    model, params = weights.load(style)
+    trained = params["encoder"]
+    options = dual_style.NewOptions(style_encoder="encoder", align_style=False)
+    found = []
+    for scale in (1.0, 1.1):
+        weights.save(
+            "encoder",
+            {"encoder": model.encoder},
+            {"encoder": jax.tree.map(lambda x, s=scale: s * x, trained)},
+            metadata={"space": "z_plus"},
+            overwrite=True,
+        )
+        os.utime("encoder/config.json", (1000, 1000))
+        code, _, _ = dual_style.new_codes(
+            style, model, params, photo, options, cache=tmp_path
+        )
+        found.append(code)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
 @pytest.mark.slow

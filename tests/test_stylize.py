@@ -9,6 +9,7 @@ from PIL import Image
 
 from jaxstyle import images, pipeline, stylize, weights
 from jaxstyle.encoders import BackboneWPlusEncoder
+from jaxstyle.encoding import load_encoder
 from jaxstyle.errors import UserError
 from tests.small_models import save_base, save_tuned
 from train import jojo
@@ -185,6 +186,21 @@ def test_one_photo(art, photo, tmp_path, capsys):
     run(photo, "--weights", art, "--out", out)
     assert len(list(out.glob("me-*.npz"))) == 2
     assert (out / "me-art.png").read_bytes() != first
+
+
+def test_codes_of_an_encoder_that_trains_on(base, style, tmp_path):
+    first = load_encoder(base, style.generator)
+    later = first._replace(params=jax.tree.map(lambda x: 1.1 * x, first.params))
+    face = images.to_array(picture(0), 256)
+    codes = [
+        stylize.photo_code(
+            face, style.generator, style.base, encoder=encoder, cache=tmp_path / "me"
+        )
+        for encoder in (first, later, first)
+    ]
+    np.testing.assert_array_equal(codes[0], codes[2])
+    assert np.abs(codes[0] - codes[1]).max() > 1e-3
+    assert len(list(tmp_path.glob("me-*.npz"))) == 2
 
 
 def test_sheet_of_one_style(art, photo, tmp_path):
