@@ -21,6 +21,9 @@ from jaxstyle.paths import place
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused: a float copy alone would take more than 1 GB."""
 
+MAX_FPS = 50
+"""The finest that a GIF can show."""
+
 # Only plain raster formats: Pillow would also start external programs (EPS).
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF")
 SUFFIXES = {
@@ -370,15 +373,15 @@ def save_animation(path, frames, fps=12):
 
     path: `.webp` or `.gif`; a path without a suffix becomes a folder of PNG frames.
     frames: [n, height, width, 3] in [-1, 1] or a list of pictures of one size.
-    fps: frames a second, 1 to 50 (the finest a GIF can show).
+    fps: frames a second, 1 to `MAX_FPS`.
     """
     path = epath.Path(path)
     suffix = path.suffix.lower()
     frames = [to_pil(frame) for frame in frames]
     if not frames:
         raise ValueError("an animation needs at least one frame")
-    if not 1 <= fps <= 50:
-        raise UserError(f"fps is {fps}; it must be between 1 and 50")
+    if not 1 <= fps <= MAX_FPS:
+        raise UserError(f"fps is {fps}; it must be between 1 and {MAX_FPS}")
     if not suffix:
         for index, frame in enumerate(frames):
             save_image(path / f"{index:04d}.png", frame)

@@ -38,12 +38,14 @@ from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
 from jaxstyle.invert import for_photos
 from jaxstyle.options import parse
+from jaxstyle.paths import place
 from jaxstyle.stylize import (
     CROP_SIZE,
     Style,
     check_same,
     choose_encoder,
     dual_styles,
+    layer_shares,
     load_styles,
     photo_code,
     stylize,
@@ -289,6 +291,16 @@ def check(options: Options) -> None:
         raise UserError("--morph goes between weights; give two or more --weights")
     if options.morph and (options.intensity != 1 or options.layers != "all"):
         raise UserError("--morph mixes whole generators: no --intensity, no --layers")
+    suffix = place(options.out).suffix.lower()
+    if suffix not in ("", ".gif", *images.SUFFIXES):
+        raise UserError(
+            f"--out is {options.out}; it must be a sheet (.png, .jpg), an animation "
+            "(.webp, .gif) or a folder of frames (no suffix)"
+        )
+    if not 1 <= options.fps <= images.MAX_FPS:
+        raise UserError(
+            f"--fps is {options.fps}; it must be from 1 to {images.MAX_FPS}"
+        )
     moves = options.moves_of_codes != edits.MoveOptions()
     changes = options.morph or options.table or len(options.dual.style_id) > 1 or moves
     if not options.end and options.intensity != "sweep" and not changes:
@@ -354,6 +366,8 @@ def main(args: list[str] | None = None) -> None:
     sweep = options.intensity == "sweep"
     names = options.weights or ((pipeline.newest_run() if sweep else weights.DEFAULT),)
     styles = load(options, names, sweep)
+    for style in styles:
+        layer_shares(style, 1.0 if sweep else options.intensity, options.layers)
     print(f"weights: {', '.join(names)}", flush=True)
     out = epath.Path(options.out)
     if options.table:

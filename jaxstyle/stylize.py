@@ -252,15 +252,30 @@ def check_same(
         )
 
 
-def layer_shares(generator: Generator, intensity: float, layers: str) -> np.ndarray:
+def layer_shares(style: Style, intensity: float, layers: str) -> np.ndarray:
     """Share of the finetuned generator in each modulated layer: [num_layers].
 
     Raises:
-      UserError: an intensity outside 0 to 1, or unknown layers.
+      UserError: an intensity outside 0 to 1, unknown layers, or some of an exemplar's.
     """
     if not 0 <= intensity <= 1:
         raise UserError(f"--intensity is {intensity}; it must be from 0 to 1")
-    return np.float32(intensity) * parse_mask(layers, generator.size, "--layers")
+    if style.exemplar:
+        refuse_layers(layers)
+    return np.float32(intensity) * parse_mask(layers, style.generator.size, "--layers")
+
+
+def refuse_layers(layers: str) -> None:
+    """Refuse layers of a DualStyleGAN style.
+
+    Raises:
+      UserError: others than all.
+    """
+    if layers != "all":
+        raise UserError(
+            f"--layers is {layers!r}; the rows of an exemplar are chosen with "
+            "--style-weights"
+        )
 
 
 @partial(jax.jit, static_argnames=("generator", "noise"))
@@ -293,16 +308,11 @@ def stylize(
       [size, size, 3], nominally in [-1, 1].
 
     Raises:
-      UserError: an intensity outside 0 to 1, unknown layers, or another code shape.
+      UserError: see `layer_shares`; another code shape.
     """
-    share = layer_shares(style.generator, intensity, layers)
+    share = layer_shares(style, intensity, layers)
     keys = pipeline.seed_keys([seed], 1)
     if style.exemplar and intensity:
-        if layers != "all":
-            raise UserError(
-                f"--layers is {layers!r}; the rows of an exemplar are chosen with "
-                "--style-weights"
-            )
         return dual_style.picture(
             style.exemplar,
             style.generator,
@@ -434,7 +444,8 @@ def chosen_styles(options: Options, names: Sequence[str]) -> list[Style]:
     """The styles that the options ask for.
 
     Raises:
-      UserError: see `load_styles`; options of exemplars for other weights.
+      UserError: see `load_styles`; options of exemplars for other weights, or of
+        layers for exemplars.
     """
     dual = [name for name in names if dual_style.is_dual(name)]
     if not dual and (options.dual, options.new) != (
@@ -445,6 +456,9 @@ def chosen_styles(options: Options, names: Sequence[str]) -> list[Style]:
             "--style-id and the other options of exemplars are given, but "
             f"{', '.join(names)} is no DualStyleGAN style"
         )
+    if dual:
+        # Before a search for the code of a new exemplar.
+        refuse_layers(options.layers)
     pictures = images.image_files(options.style) if dual and options.style else []
     out = epath.Path(options.out)
     load = partial(
@@ -677,7 +691,7 @@ def main(args: list[str] | None = None) -> None:
     photos = images.image_files(options.photo)
     styles = chosen_styles(options, names)
     for style in styles:
-        layer_shares(style.generator, options.intensity, options.layers)
+        layer_shares(style, options.intensity, options.layers)
         resolved(options.tuning, style.base_name)
     newest = "" if options.weights else " (the newest finished run)"
     bases = ", ".join(sorted({s.base_name for s in styles if s.exemplar is None}))

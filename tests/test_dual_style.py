@@ -341,6 +341,15 @@ def test_mistakes_of_ways(style, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_layers_of_an_exemplar_are_refused_before_work(style, photo, tmp_path, capsys):
+    art = images.save_image("art.png", np.full((40, 40, 3), 0.3, np.float32))
+    for flags in (["--style-id", "1"], ["--style", art, "--no-align-style"]):
+        with pytest.raises(SystemExit):
+            run(photo, "--weights", style, *flags, "--layers", "structure")
+        assert "chosen with --style-weights" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.npz"))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -348,7 +357,6 @@ def test_mistakes_of_ways(style, capsys, flags, message):
         (["--style-id", "3"], "must be 0 to 2 or one of b.jpg, a.jpg, c.jpg"),
         (["--style-id", "1", "--style-weights", "1"], "structure and color, or 18"),
         (["--style-id", "1", "--style-weights", "1,nan"], "structure and color, or 18"),
-        (["--style-id", "1", "--layers", "structure"], "chosen with --style-weights"),
         (["--style", "none.png"], "none.png: no such picture"),
         (["--style", "me.png", "--refine", "-1"], "--refine is -1"),
         (["--style-id", "1", "--encoder", "w_plus"], "hold no encoder_w_plus"),

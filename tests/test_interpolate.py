@@ -120,9 +120,23 @@ def test_wrong_options(base, tmp_path, capsys):
     assert "--to" in fails(capsys, *given)
     assert "--n is 1" in fails(capsys, *given, "--to", 2, "--n", 1)
     assert "--base" in fails(capsys, *given, "--intensity", "sweep")
-    assert "--intensity" in fails(capsys, *given, "--to", 2, "--intensity", 3)
     assert "no such picture" in fails(capsys, *given, "--to", tmp_path / "me.jpg")
-    assert "fps" in fails(capsys, *given, "--to", 2, "--fps", 99, "--out", "a.gif")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--out", "way.mp4"], "an animation (.webp, .gif)"),
+        (["--out", "way.gif", "--fps", 99], "--fps is 99"),
+        (["--fps", 0], "--fps is 0"),
+        (["--intensity", 3], "--intensity is 3"),
+        (["--layers", "hair"], "--layers is 'hair'"),
+    ],
+)
+def test_mistakes_are_told_before_work(base, tmp_path, capsys, flags, message):
+    """The photo is not even looked for."""
+    ends = ("--from", tmp_path / "none.jpg", "--to", 2)
+    assert message in fails(capsys, "--weights", base, *ends, *flags)
 
 
 def test_morph_goes_from_weights_to_weights(base, tuned, tmp_path, capsys):
