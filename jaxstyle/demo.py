@@ -19,7 +19,6 @@ from pathlib import Path
 from etils import epath
 
 from jaxstyle import images, weights
-from jaxstyle.align import AlignOptions, prepare
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import Search, for_photos
@@ -65,25 +64,53 @@ def say(text: str, began: float) -> None:
     print(f"[{time.monotonic() - began:4.0f} s] {text}", flush=True)
 
 
+def call(module: str, *arguments: object) -> int:
+    """Run a command of ours in a process of its own; returns its exit code.
+
+    It ends with all its memory, and with the accelerator, which no two can hold.
+    """
+    command = ["-m", module, *map(str, arguments)]
+    print("       python " + shlex.join(command), flush=True)
+    return subprocess.run([sys.executable, *command]).returncode
+
+
+def cut_out(options: Options, photo: Path, began: float) -> Path:
+    """Cut the face out of the photo; returns the file.
+
+    Raises:
+      UserError: weights without a generator; no face, or no picture.
+    """
+    networks = weights.read_config(options.weights)["networks"]
+    generator = weights.Networks(networks, options.weights)["generator"]
+    face = options.out / f"{photo.stem}-face.png"
+    arguments = [photo, face, "--size", max(CROP_SIZE, generator["size"])]
+    if not options.align:
+        arguments.append("--no-align")
+    say(f"cutting the face out of {photo.name}", began)
+    if call("jaxstyle.align", *arguments):
+        raise UserError(
+            f"no face was cut out of {photo}, see above; use another --photo"
+        )
+    return face
+
+
 def learn(options: Options, began: float) -> str:
-    """Train on the reference in a process of its own; returns the run folder.
+    """Train on the reference; returns the run folder.
 
     Raises:
       UserError: the training failed; it has said why.
     """
     reference = options.ref or REFERENCE
     run = options.out / f"jojo-{reference.stem}"
-    command = [sys.executable, "-m", "train.jojo", "--ref", str(reference)]
-    command += ["--weights", options.weights]
-    command += ["--seed", str(options.seed), "--out", str(run)]
+    arguments = ["--ref", reference, "--weights", options.weights]
+    arguments += ["--seed", options.seed, "--out", run]
     if options.steps:
-        command += ["--steps", str(options.steps)]
+        arguments += ["--steps", options.steps]
     # Our own references are cropped faces, some of them drawn: nothing to detect.
     if options.ref is None or not options.align:
-        command.append("--no-align")
+        arguments.append("--no-align")
     say(f"learning the style of {reference.name}", began)
-    print("       python " + shlex.join(command[1:]), flush=True)
-    code = subprocess.run(command).returncode
+    code = call("train.jojo", *arguments)
     if code:
         raise UserError(f"the training ended with exit code {code}; see above")
     return str(run)
@@ -100,15 +127,11 @@ def main(args: list[str] | None = None) -> None:
     ):
         if not picture.is_file():
             raise UserError(f"{picture}: no such picture; name one with {option}")
-    weights.resolve(options.weights)
+    photo = options.photo or PHOTO
+    face = images.to_array(images.open_image(cut_out(options, photo, began)))
     run = learn(options, began)
     use_compilation_cache()
     style = load_styles([run])[0]
-    photo = options.photo or PHOTO
-    say(f"cutting the face out of {photo.name}", began)
-    size = max(CROP_SIZE, style.generator.size)
-    crop, _ = prepare(photo, size, AlignOptions(align=options.align))
-    face = images.to_array(crop)
     say("finding its code on the model", began)
     code = photo_code(
         face,

@@ -15,6 +15,17 @@ def test_wrong_pictures(tmp_path, capsys):
     assert "no such picture" in capsys.readouterr().err
 
 
+def test_a_photo_that_cannot_be_used_stops_it_before_it_learns(tmp_path, capfd):
+    photo, out = tmp_path / "me.png", tmp_path / "demo"
+    photo.write_bytes(b"nothing")
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--photo", str(photo), "--no-align", "--out", str(out)])
+    assert stop.value.code == 1
+    printed = capfd.readouterr()
+    assert f"{photo} is damaged" in printed.err and "--photo" in printed.err
+    assert "train.jojo" not in printed.out
+
+
 @pytest.mark.slow
 def test_learns_and_draws(tmp_path):
     base = save_base(tmp_path / "base", size=32)
