@@ -84,7 +84,8 @@ def cut_out(options: Options, photo: Path, began: float) -> Path:
     generator = weights.Networks(networks, options.weights)["generator"]
     face = options.out / f"{photo.stem}-face.png"
     arguments = [photo, face, "--size", max(CROP_SIZE, generator["size"])]
-    if not options.align:
+    # Ours is a whole photo, whatever yours are.
+    if options.photo and not options.align:
         arguments.append("--no-align")
     say(f"cutting the face out of {photo.name}", began)
     if call("jaxstyle.align", *arguments):

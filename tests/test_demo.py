@@ -26,6 +26,21 @@ def test_a_photo_that_cannot_be_used_stops_it_before_it_learns(tmp_path, capfd):
     assert "train.jojo" not in printed.out
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The commands that the demo runs, which do nothing here."""
+    seen = []
+    monkeypatch.setattr(demo, "call", lambda *command: seen.append(command) or 0)
+    return seen
+
+
+def test_only_your_own_photo_is_taken_as_it_is(calls):
+    for photo in (None, demo.PHOTO):
+        demo.cut_out(demo.Options(photo=photo, align=False), demo.PHOTO, 0.0)
+    ours, yours = calls
+    assert "--no-align" in yours and "--no-align" not in ours
+
+
 @pytest.mark.slow
 def test_learns_and_draws(tmp_path):
     base = save_base(tmp_path / "base", size=32)
