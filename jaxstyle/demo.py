@@ -10,6 +10,7 @@ at one third, two thirds and the whole intensity.
 """
 
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def learn(options: Options, began: float) -> str:
     Raises:
       UserError: the training failed; it has said why.
     """
-    reference = options.ref or REFERENCE
+    # A run remembers the path: from here ours stays the same in a checkout that moves.
+    reference = options.ref or Path(os.path.relpath(REFERENCE))
     run = options.out / f"jojo-{reference.stem}"
     arguments = ["--ref", reference, "--weights", options.weights]
     arguments += ["--seed", options.seed, "--out", run]
@@ -113,7 +115,10 @@ def learn(options: Options, began: float) -> str:
     say(f"learning the style of {reference.name}", began)
     code = call("train.jojo", *arguments)
     if code:
-        raise UserError(f"the training ended with exit code {code}; see above")
+        raise UserError(
+            f"the training ended with exit code {code}, see above; if {run} holds a "
+            "run that differs, delete that folder"
+        )
     return str(run)
 
 

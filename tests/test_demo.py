@@ -41,6 +41,15 @@ def test_only_your_own_photo_is_taken_as_it_is(calls):
     assert "--no-align" in yours and "--no-align" not in ours
 
 
+def test_the_run_outlives_a_checkout_that_moves(calls, tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setattr(demo, "REFERENCE", tmp_path / name / "cel.png")
+        demo.learn(demo.Options(), 0.0)
+    assert calls[0] == calls[1]
+
+
 @pytest.mark.slow
 def test_learns_and_draws(tmp_path):
     base = save_base(tmp_path / "base", size=32)
