@@ -29,7 +29,7 @@ from etils import epath
 from jaxstyle import dual_style, edits, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.errors import UserError, cli
-from jaxstyle.options import parse
+from jaxstyle.options import given, parse
 from jaxstyle.stylegan2 import Generator
 
 # Published truncation of the faces of random DualStyleGAN pictures, towards 0.
@@ -174,10 +174,14 @@ def check(options: Options, generator: Generator) -> None:
         )
     if options.psi is not None and not np.isfinite(options.psi):
         raise UserError(f"--psi is {options.psi}; it must be a number such as 0.7")
-    if options.mix and (options.codes or options.compare):
-        raise UserError("--mix goes with seeds; leave out --codes and --compare")
-    if options.mix and options.moves != edits.MoveOptions():
-        raise UserError("--mix moves no codes; leave out --edit and --mapper")
+    without = ("seeds", "codes", "compare", "moves")
+    if options.mix and (flags := given(options, without)):
+        raise UserError(
+            "--mix draws the seeds of --rows and --cols as they are; leave out "
+            f"{', '.join(flags)}"
+        )
+    if not options.mix and (flags := given(options, ("rows", "cols", "styles"))):
+        raise UserError(f"{', '.join(flags)} is of style mixing; add --mix")
 
 
 def draw_mix(options: Options, generator: Generator, params: Any) -> None:

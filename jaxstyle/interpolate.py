@@ -37,7 +37,7 @@ from jaxstyle.dualstylegan import style_weights
 from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
 from jaxstyle.invert import for_photos
-from jaxstyle.options import parse
+from jaxstyle.options import given, parse
 from jaxstyle.paths import place
 from jaxstyle.stylize import (
     CROP_SIZE,
@@ -287,11 +287,20 @@ def check(options: Options) -> None:
         raise UserError(f"--n is {options.n}; a way needs at least 2 pictures")
     if options.table and not 2 <= options.table <= 20:
         raise UserError(f"--table is {options.table}; it must be from 2 to 20")
+    without = ("n", "intensity", "layers", "moves_of_codes", "moves", "style_weights")
+    flags = (["--to"] if options.end else []) + given(options, without)
+    if options.table and flags:
+        raise UserError(
+            f"--table is {options.table}: one face, whose structure and color weights "
+            f"change; leave out {', '.join(flags)}"
+        )
     if options.morph and len(options.weights) < 2:
         raise UserError("--morph goes between weights; give two or more --weights")
     if options.morph and (options.intensity != 1 or options.layers != "all"):
         raise UserError("--morph mixes whole generators: no --intensity, no --layers")
     suffix = place(options.out).suffix.lower()
+    if options.table and suffix == ".gif":
+        raise UserError(f"--out is {options.out}, but --table is a sheet; name a .png")
     if suffix not in ("", ".gif", *images.SUFFIXES):
         raise UserError(
             f"--out is {options.out}; it must be a sheet (.png, .jpg), an animation "

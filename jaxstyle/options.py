@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import docstring_parser
@@ -36,6 +36,26 @@ def parse(
         description=description,
         **kwargs,
     )
+
+
+def given(options: Any, names: Collection[str]) -> list[str]:
+    """Flags of the options whose values are not the defaults.
+
+    Args:
+      options: an instance of a dataclass of options.
+      names: which of its options, or of those that its fields hold; the name of such a
+        field stands for all that it holds.
+    """
+    flags = []
+    for field in dataclasses.fields(options):
+        value, named = getattr(options, field.name), field.name in names
+        if dataclasses.is_dataclass(value):
+            inner = [f.name for f in dataclasses.fields(value)] if named else names
+            flags += given(value, inner)
+        elif named and value != field.default:
+            no = "no-" if value is False else ""
+            flags.append(f"--{no}{field.name.replace('_', '-')}")
+    return flags
 
 
 @functools.cache

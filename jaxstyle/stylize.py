@@ -43,7 +43,7 @@ from jaxstyle.errors import UserError, cli
 from jaxstyle.invert import DEFAULT as DEFAULT_SEARCH
 from jaxstyle.invert import Search, for_photos, invert
 from jaxstyle.masks import parse_mask
-from jaxstyle.options import parse
+from jaxstyle.options import given, parse
 from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator, Params, interpolate_features
 from jaxstyle.tune import TuneOptions, moved, resolved, tune
@@ -448,13 +448,9 @@ def chosen_styles(options: Options, names: Sequence[str]) -> list[Style]:
         layers for exemplars.
     """
     dual = [name for name in names if dual_style.is_dual(name)]
-    if not dual and (options.dual, options.new) != (
-        dual_style.DualOptions(),
-        dual_style.NewOptions(),
-    ):
+    if not dual and (flags := given(options, ("psi", "dual", "new"))):
         raise UserError(
-            "--style-id and the other options of exemplars are given, but "
-            f"{', '.join(names)} is no DualStyleGAN style"
+            f"{', '.join(names)} is no DualStyleGAN style; leave out {', '.join(flags)}"
         )
     if dual:
         # Before a search for the code of a new exemplar.
@@ -647,18 +643,51 @@ def check_swallowed(options: Options) -> None:
             )
 
 
+def check_used(options: Options) -> None:
+    """Refuse options that have no effect beside others.
+
+    Raises:
+      UserError: naming them.
+    """
+    # LPIPS judges the tuning too, and --style PICTURE may be searched for.
+    flags = [flag for flag in given(options, ("search",)) if flag != "--lpips"]
+    if options.encoder not in ("", "optimize") and flags and not options.style:
+        raise UserError(
+            f"--encoder {options.encoder} needs one pass, no search; leave out "
+            f"{', '.join(flags)}"
+        )
+    if not options.overview:
+        return
+    without = (
+        *("style", "style_id", "blend", "new", "base", "intensity", "layers"),
+        *("moves", "tuning", "noise_mode", "paste_back", "grid"),
+    )
+    if flags := given(options, without):
+        raise UserError(
+            f"--overview shows all exemplars as they are; leave out {', '.join(flags)}"
+        )
+    of_photos = ("style_weights", "preserve_color", "psi", "encoder")
+    if options.photo is None and (flags := given(options, of_photos)):
+        raise UserError(
+            f"{', '.join(flags)} would change a photo, and --overview has none; name "
+            "one, or leave it out"
+        )
+
+
 def check(options: Options) -> None:
     """Refuse options that cannot be.
 
     Raises:
       UserError: no photo, one file for a folder of photos, the photo itself as `--out`,
-        or one face's points for a folder.
+        one face's points for a folder, or options without effect.
     """
     if options.photo is None:
         check_swallowed(options)
-        if options.overview:
-            return
-        raise UserError("no photo is given; name a picture or a folder of pictures")
+        if not options.overview:
+            raise UserError("no photo is given; name a picture or a folder of pictures")
+    check_used(options)
+    if options.photo is None:
+        return
     if options.photo.is_dir() and options.overview:
         raise UserError(
             f"--overview takes one photo or none, but {options.photo} is a folder"

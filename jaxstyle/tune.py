@@ -53,7 +53,7 @@ def resolved(options: TuneOptions, name: str) -> TuneOptions:
       name: of the model's folder.
 
     Raises:
-      UserError: negative steps, or a rate that is not positive.
+      UserError: negative steps, a rate that is not positive, or one without steps.
     """
     advice = weights.read_config(name)["metadata"].get("invert", {})
     steps = advice.get("tune", 0) if options.tune is None else options.tune
@@ -64,6 +64,10 @@ def resolved(options: TuneOptions, name: str) -> TuneOptions:
         raise UserError(f"--tune is {steps}; it must be at least 0")
     if not rate > 0:
         raise UserError(f"--tune-lr is {rate}; it must be above 0")
+    if not steps and options.tune_lr is not None:
+        raise UserError(
+            f"--tune-lr is {rate}, but nothing is tuned; add --tune 350 or leave it out"
+        )
     return TuneOptions(steps, rate)
 
 

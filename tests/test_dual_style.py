@@ -257,6 +257,24 @@ def test_overview(style, photo, capsys):
     assert sheet.width == 3 * dual_style.THUMB + 4
 
 
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        (["me.png", "--edit", "age:+3", "--grid"], "leave out --grid, --edit"),
+        (["me.png", "--style-id", "1", "--tune", "3"], "leave out --style-id, --tune"),
+        (["--style", "me.png", "--intensity", "0.5"], "leave out --intensity, --style"),
+        (
+            ["--psi", "1", "--style-weights", "1,0"],
+            "--psi, --style-weights would change",
+        ),
+    ],
+)
+def test_what_an_overview_does_not_show(style, photo, capsys, flags, unused):
+    with pytest.raises(SystemExit):
+        stylize.main([*flags, "--overview", "--weights", style])
+    assert unused in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_random_codes_fix_what_they_are_told(style):
     """A seed's exemplar is its own; --fix takes it from the first."""
@@ -333,6 +351,9 @@ def test_ways_through_faces_and_exemplars(style, tmp_path, monkeypatch):
         (["--style-id", "1"], "--to is not given"),
         (["--to", "4", "--morph"], "two or more --weights"),
         (["--style-id", "1", "--table", "1"], "from 2 to 20"),
+        (["--to", "4", "--intensity", "0.5", "--table", "2"], "--to, --intensity"),
+        (["--edit", "age:+3", "--table", "2"], "leave out --edit"),
+        (["--out", "a.gif", "--table", "2"], "--table is a sheet"),
     ],
 )
 def test_mistakes_of_ways(style, capsys, flags, message):

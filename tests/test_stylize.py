@@ -347,6 +347,23 @@ def test_options_that_cannot_be(art, photo, tmp_path, capsys):
     assert "one photo" in fails(capsys, *folder, *points)
 
 
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        (
+            ["--psi", "0.5", "--style-id", "1", "--refine", "9"],
+            "--psi, --style-id, --re",
+        ),
+        (["--lr-color", "0.1", "--no-align-style"], "--lr-color, --no-align-style"),
+        (["--tune-lr", "0.1"], "--tune-lr is 0.1"),
+        (["--encoder", "base", "--steps", "5", "--pull", "2"], "--steps, --pull"),
+        (["--encoder", "base", "--lpips", "vgg", "--mse", "2"], "leave out --mse"),
+    ],
+)
+def test_options_without_effect(art, photo, capsys, flags, unused):
+    assert unused in fails(capsys, photo, "--weights", art, "--no-align", *flags)
+
+
 @pytest.mark.parametrize("flag", ["--weights", "--style-id", "--edit"])
 def test_a_photo_after_an_option_of_many_values(art, photo, capsys, flag):
     for given in (photo, photo.parent):

@@ -73,8 +73,9 @@ def test_the_model_recommends_and_the_user_decides(tmp_path):
     weights.save(wise, dict(model), params, metadata=advice)
     assert tune.resolved(tune.TuneOptions(), plain) == tune.TuneOptions(0, 3e-4)
     assert tune.resolved(tune.TuneOptions(), wise) == tune.TuneOptions(7, 0.02)
-    given = tune.TuneOptions(0, 0.5)
+    given = tune.TuneOptions(9, 0.5)
     assert tune.resolved(given, wise) == given
+    assert tune.resolved(tune.TuneOptions(0), wise).tune == 0
     for wrong, message in (
         (tune.TuneOptions(tune=-1), "--tune is -1"),
         (tune.TuneOptions(tune_lr=0.0), "--tune-lr is 0"),
@@ -82,6 +83,9 @@ def test_the_model_recommends_and_the_user_decides(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             tune.resolved(wrong, wise)
+    for steps, name in ((0, wise), (None, plain)):
+        with pytest.raises(UserError, match="--tune-lr is 0.5, but nothing is tuned"):
+            tune.resolved(tune.TuneOptions(steps, 0.5), name)
 
 
 def test_photos_of_any_size():
