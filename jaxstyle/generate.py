@@ -174,6 +174,12 @@ def check(options: Options, generator: Generator) -> None:
         )
     if options.psi is not None and not np.isfinite(options.psi):
         raise UserError(f"--psi is {options.psi}; it must be a number such as 0.7")
+    out = epath.Path(options.out)
+    if out.suffix.lower() in images.SUFFIXES and not out.is_dir():
+        raise UserError(
+            f"--out is {options.out}; it must be a folder, where each picture gets a "
+            "name of its own"
+        )
     without = ("seeds", "codes", "compare", "moves")
     if options.mix and (flags := given(options, without)):
         raise UserError(

@@ -177,6 +177,7 @@ def test_wrong_options(base, tmp_path, capsys):
     assert "single style" in fails(capsys, "--weights", base, "--style", "oil")
     assert "no run" in fails(capsys, "--weights", base, "--step", 3)
     assert "does not exist" in fails(capsys, "--weights", tmp_path / "nothing")
+    assert "must be a folder" in fails(capsys, "--weights", base, "--out", "face.png")
     mix = ("--weights", base, "--mix", "--styles", "0-2")
     error = fails(capsys, *mix, "--seeds", "1-4", "--compare", base, "--edit", "age:+3")
     assert "leave out --seeds, --compare, --edit" in error
