@@ -18,6 +18,8 @@ seed to all of them, --fix color and structure its exemplar's.
 
 import dataclasses
 import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -237,11 +239,41 @@ def draw_mix(options: Options, generator: Generator, params: Any) -> None:
     print(f"{len(mixes)} mixes in {options.out}\n{path}")
 
 
+def write_all(
+    options: Options,
+    names: Sequence[str],
+    draws: Mapping[str, Callable[[slice], np.ndarray]],
+) -> list[Any]:
+    """Draw and write pictures; returns those for the sheet.
+
+    Args:
+      options: of the command.
+      names: of the files, without suffix.
+      draws: by suffix, what draws the pictures of a part of the names.
+
+    Returns:
+      With --grid all pictures, one suffix after the other; else none.
+    """
+    kept: dict[str, list] = {suffix: [] for suffix in draws}
+    # A batch at a time: thousands of large pictures would not fit into memory.
+    for start in range(0, len(names), options.batch):
+        part = slice(start, start + options.batch)
+        for suffix, draw in draws.items():
+            for name, picture in zip(names[part], draw(part), strict=True):
+                path = epath.Path(options.out) / (name + suffix)
+                write(path, picture, options.format)
+                if options.grid:
+                    kept[suffix].append(images.to_pil(picture))
+    print(f"{len(names) * len(draws)} pictures in {options.out}")
+    return [picture for pictures in kept.values() for picture in pictures]
+
+
 def draw(options: Options, generator: Generator, params: Any) -> None:
     """Pictures of seeds or codes, and those of `--compare` beside them."""
     networks = {"": (generator, params)}
     if options.compare:
-        networks["-base"] = pipeline.load_generator(options.compare)
+        # Above the others on the sheet.
+        networks = {"-base": pipeline.load_generator(options.compare), **networks}
     if options.codes:
         codes, space = pipeline.read_codes(options.codes, generator)
         seeds = list(range(len(jax.tree.leaves(codes)[0])))
@@ -261,43 +293,35 @@ def draw(options: Options, generator: Generator, params: Any) -> None:
             f"--psi is {options.psi}, but style vectors cannot be truncated; give "
             "w_plus codes or leave --psi at 1"
         )
-    kept: dict[str, list] = {suffix: [] for suffix in networks}
-    # A batch at a time: thousands of large pictures would not fit into memory.
-    for start in range(0, len(labels), options.batch):
-        part = slice(start, start + options.batch)
-        for suffix, (module, values) in networks.items():
-            chosen = jax.tree.map(lambda x, p=part: x[p], codes)
-            if space != "styles":
-                chosen = moves.apply(
-                    pipeline.to_w_plus(
-                        module, values, chosen, space, **truncation(options)
-                    )
-                )
-            drawn = pipeline.pictures(
-                module,
-                values,
-                chosen,
-                space="styles" if space == "styles" else "w_plus",
-                noise=options.noise_mode,
-                keys=pipeline.seed_keys(seeds[part], 1),
-                batch=options.batch,
+
+    def drawn(module, values, part):
+        chosen = jax.tree.map(lambda x: x[part], codes)
+        if space != "styles":
+            chosen = moves.apply(
+                pipeline.to_w_plus(module, values, chosen, space, **truncation(options))
             )
-            for label, picture in zip(labels[part], drawn, strict=True):
-                path = epath.Path(options.out) / (label + end + suffix)
-                write(path, picture, options.format)
-                if options.grid:
-                    kept[suffix].append(images.to_pil(picture))
-    print(f"{len(labels) * len(networks)} pictures in {options.out}")
+        return pipeline.pictures(
+            module,
+            values,
+            chosen,
+            space="styles" if space == "styles" else "w_plus",
+            noise=options.noise_mode,
+            keys=pipeline.seed_keys(seeds[part], 1),
+            batch=options.batch,
+        )
+
+    draws = {suffix: partial(drawn, *network) for suffix, network in networks.items()}
+    kept = write_all(options, [label + end for label in labels], draws)
     if options.grid:
         if options.compare:
             sheet = images.grid(
-                kept["-base"] + kept[""],
+                kept,
                 len(labels),
                 column_labels=labels,
                 row_labels=[Path(options.compare).name, Path(options.weights).name],
             )
         else:
-            sheet = images.grid(kept[""], captions=labels)
+            sheet = images.grid(kept, captions=labels)
         print(images.save_image(epath.Path(options.out) / "grid.png", sheet))
 
 
@@ -367,27 +391,25 @@ def draw_dual(options: Options) -> None:
     end = f"-{moves.label}" if moves.label else ""
     if "content" in fixed:
         faces = np.broadcast_to(faces[:1], faces.shape)
-    kept, captions = [], []
-    for suffix, exemplar in dual_exemplars(
-        options, model, params, seeds, fixed
-    ).items():
-        drawn = dual_style.pictures(
-            exemplar,
+
+    def drawn(exemplar, part):
+        others = np.broadcast_to(exemplar.code, faces.shape)
+        return dual_style.pictures(
+            exemplar._replace(code=others[part]),
             generator,
             base,
-            faces,
+            faces[part],
             noise=options.noise_mode,
-            keys=pipeline.seed_keys(seeds, 1),
+            keys=pipeline.seed_keys(seeds[part], 1),
             batch=options.batch,
         )
-        for label, picture in zip(labels, drawn, strict=True):
-            path = epath.Path(options.out) / (label + end + suffix)
-            write(path, picture, options.format)
-            captions.append(label + suffix)
-        kept += list(drawn)
-    print(f"{len(kept)} pictures in {options.out}")
+
+    exemplars = dual_exemplars(options, model, params, seeds, fixed)
+    draws = {suffix: partial(drawn, found) for suffix, found in exemplars.items()}
+    kept = write_all(options, [label + end for label in labels], draws)
     if options.grid:
-        columns = len(labels) if len(kept) > len(labels) else None
+        columns = len(labels) if len(exemplars) > 1 else None
+        captions = [label + suffix for suffix in exemplars for label in labels]
         sheet = images.grid(kept, columns, captions=captions)
         print(images.save_image(epath.Path(options.out) / "grid.png", sheet))
 

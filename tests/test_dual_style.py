@@ -320,6 +320,22 @@ def test_random_pictures(style, tmp_path, monkeypatch):
     np.testing.assert_array_equal(plain[1], expected[0])
 
 
+def test_random_pictures_are_written_batch_by_batch(style, tmp_path, monkeypatch):
+    draw, written = dual_style.pictures, []
+
+    def seen(exemplar, generator, base, codes, **options):
+        written.append(len(list(tmp_path.glob("*.npy"))))
+        return draw(exemplar, generator, base, codes, **options)
+
+    monkeypatch.setattr(dual_style, "pictures", seen)
+    args = ["--weights", style, "--seeds", "3-5", "--style-id", "0", "2"]
+    args += ["--batch", "2", "--out", str(tmp_path), "--format", "npy", "--grid"]
+    generate.main(args)
+    # Of two seeds and of the last, each in both styles.
+    assert written == [0, 2, 4, 5]
+    assert images.open_image(tmp_path / "grid.png").width == 3 * 32 + 2 * 2
+
+
 def test_ways_through_faces_and_exemplars(style, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["--weights", style, "--from", "3", "--to", "5", "--style-id", "0", "2"]
