@@ -635,6 +635,7 @@ def resolve(options: Options, size: int) -> Options:
             choose_steps=options.choose_steps or 1,
             mixing=options.mixing or 0.9,
         )
+    check_choice(options)
     rows = len(nada_layers.row_layers(size, "peer"))
     if not options.choose:
         options = dataclasses.replace(options, choose=2 * rows // 3)
@@ -688,6 +689,30 @@ def resolve(options: Options, size: int) -> Options:
     named = [p.stem for p in options.ref[:3]]
     texts = [options.source, *options.target[:3]] if not named else named
     return with_out(options, "nada-" + "-".join(texts))
+
+
+def check_choice(options: Options) -> None:
+    """Refuse what a choice of layers, or its absence, would ignore.
+
+    Raises:
+      UserError: naming the options.
+    """
+    if options.choose_steps:
+        if options.phase != "default":
+            chooses = "--improve-shape" if options.improve_shape else "--choose-steps"
+            raise UserError(
+                f"--phase is {options.phase}, but {chooses} chooses the layers anew "
+                "in each step; leave one of them out"
+            )
+        return
+    for name in ("choose", "choose_batch", "layer_map"):
+        value, default = getattr(options, name), getattr(Options, name)
+        if value != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} is {value}, but --choose-steps is 0: no layers are chosen; "
+                f"add --choose-steps 1, or {flag} {default}"
+            )
 
 
 def check_targets(options: Options) -> None:
