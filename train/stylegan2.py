@@ -375,7 +375,7 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     Weights without a discriminator get a fresh one.
 
     Raises:
-      UserError: neither weights nor a size, or both in conflict.
+      UserError: neither weights nor a size, or weights of another shape than asked for.
     """
     if not options.weights:
         if not options.size:
@@ -400,11 +400,19 @@ def make_networks(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     model, params = weights.load(options.weights)
     generator = model.generator
     size = generator.size
-    if options.size not in (0, size):
-        raise UserError(
-            f"--size is {options.size}, but --weights {options.weights} are of {size} "
-            "px; leave --size out"
-        )
+    for name, found in (
+        ("size", size),
+        ("channels", tuple(generator.channel_table.values())),
+        ("channel_multiplier", generator.channel_multiplier),
+        ("mapping_depth", generator.mapping_depth),
+        ("w_dim", generator.w_dim),
+    ):
+        asked, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if asked not in (getattr(Options, name), found):
+            raise UserError(
+                f"{flag} is {asked}, but --weights {options.weights} have {found}; "
+                f"leave {flag} out"
+            )
     if "discriminator" in model:
         discriminator = model.discriminator
     else:

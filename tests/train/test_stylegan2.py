@@ -435,8 +435,18 @@ def test_finetunes_weights_without_a_discriminator(tmp_path, capsys):
     assert "hold no discriminator" in capsys.readouterr().out
     assert modules["discriminator"].channels == (4, 4)
     assert_same(found["generator"], params["generator"])
-    with pytest.raises(jaxstyle.errors.UserError, match="--size is 16, but --weights"):
-        stylegan2.make_networks(dataclasses.replace(options, size=16))
+    same = {"size": 8, "channels": (4, 4), "mapping_depth": 1, "w_dim": 4}
+    stylegan2.make_networks(dataclasses.replace(options, **same))
+    for name, value in (
+        ("size", 16),
+        ("channels", (8, 8)),
+        ("channel_multiplier", 1),
+        ("mapping_depth", 2),
+        ("w_dim", 8),
+    ):
+        message = f"--{name.replace('_', '-')} is {value}, but --weights"
+        with pytest.raises(jaxstyle.errors.UserError, match=re.escape(message)):
+            stylegan2.make_networks(dataclasses.replace(options, **{name: value}))
 
 
 @pytest.mark.parametrize(
