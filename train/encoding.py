@@ -503,6 +503,17 @@ def make_networks(
                 f"{where} holds a {type(encoder).__name__}; this training is of a "
                 f"{type(fresh).__name__}: see --encoder, or give another --start"
             )
+        for name in ("size", "blocks", "units", "channels", "head_channels", "rows"):
+            option = f"encoder_{name}"
+            if getattr(options, option) == getattr(EncodingOptions, option):
+                continue
+            got, asked = getattr(encoder, name), getattr(fresh, name)
+            if got != asked:
+                raise UserError(
+                    f"--{option.replace('_', '-')} is {asked}, but the encoder of "
+                    f"{'--start' if options.start else '--weights'} {where} has {got} "
+                    "and goes on: leave it out"
+                )
         print(f"encoder: goes on from {where}")
         if encoder.start_from_w_avg != fresh.start_from_w_avg:
             how = "start" if encoder.start_from_w_avg else "do not start"

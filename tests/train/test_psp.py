@@ -15,6 +15,7 @@ from convert.encoder import encoder_state
 from convert.stylegan2 import generator_state
 from jaxstyle import edits, weights
 from jaxstyle.encoders import GradualStyleEncoder, batch_stats
+from jaxstyle.errors import UserError
 from jaxstyle.features.identity import ArcFace
 from jaxstyle.stylegan2 import Generator
 from tests.filled import (
@@ -469,6 +470,34 @@ def test_trunk_starts_from_arcface(base, tmp_path, monkeypatch, capsys):
         assert np.all(same) == (channels == 3)
         if restyle:
             assert first.shape[2] == 6 and 0.8 < first[:, :, 3:].std() < 1.2
+
+
+def test_an_encoder_that_goes_on_keeps_its_shape(base, tmp_path):
+    """Its own shape may be asked for again, and no other."""
+    shape = {"size": 32, "units": (1, 1, 1), "channels": (16, 16, 16)}
+    own = GradualStyleEncoder(num_styles=6, w_dim=16, head_channels=8, **shape)
+    params = own.init_params(key=jax.random.key(0))
+    weights.save(tmp_path / "encoder", {"encoder": own}, {"encoder": params})
+    given = {"weights": str(base), "start": str(tmp_path / "encoder")}
+    shape = {f"encoder_{name}": value for name, value in shape.items()}
+
+    def encoder(**asked):
+        options = EncodingOptions(data="", **given, **asked)
+        make = GradualStyleEncoder
+        return encoding.make_networks(options, make, 3, psp.RunOptions())[0]["encoder"]
+
+    assert encoder() == encoder(**shape, encoder_head_channels=8) == own
+    for name, value in (
+        ("encoder_size", 64),
+        ("encoder_blocks", "resnet"),
+        ("encoder_units", (1, 2, 1)),
+        ("encoder_channels", (16, 16, 32)),
+        ("encoder_head_channels", 4),
+        ("encoder_rows", (8, 24)),
+    ):
+        flag = f"--{name.replace('_', '-')} is"
+        with pytest.raises(UserError, match=f"{flag} .*, but the encoder of --start"):
+            encoder(**shape | {name: value})
 
 
 @pytest.mark.parametrize(
