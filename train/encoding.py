@@ -834,12 +834,21 @@ def validation(
       options, kind, transform, run, mesh: see `training_data`.
       setup: weights of the losses.
       losses: see `make_validate`.
+
+    Raises:
+      UserError: fewer pictures than devices that each take some of a batch.
     """
     if not options.val_data:
         return None
     source = open_data(options, kind, validation=True)
     places = sharding.batch_places(mesh)
-    batch = max(places, min(run.batch, len(source) // places * places))
+    if len(source) < places:
+        raise UserError(
+            f"--val-data is {options.val_data}, which holds only {len(source)} "
+            f"pictures for {places} devices of the mesh's data and fsdp axes; use more "
+            "pictures, or fewer devices with --mesh-data"
+        )
+    batch = min(run.batch, len(source) // places * places)
 
     def open_batches():
         return data.batches(

@@ -500,6 +500,15 @@ def test_an_encoder_that_goes_on_keeps_its_shape(base, tmp_path):
             encoder(**shape | {name: value})
 
 
+def test_fewer_pictures_to_validate_on_than_devices(base, faces, tmp_path, capsys):
+    np.save(tmp_path / "few.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    flags = ["--data", faces, "--id-lambda", 0, "--mesh-data", 8]
+    with pytest.raises(SystemExit):
+        train(base, tmp_path / "run", *flags, "--val-data", tmp_path / "few.npy")
+    error = capsys.readouterr().err
+    assert "--val-data is" in error and "only 3 pictures for 8 devices" in error
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
