@@ -152,6 +152,12 @@ def inspect(options: Options) -> dict:
     return rows
 
 
+def compared(value: float, real: float, form: str) -> str:
+    """A measure, and its ratio to the data's: not all data have faces."""
+    ratio = f" ({value / real:.2f} of the data's)" if real else ""
+    return f"{value:{form}}{ratio}"
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m train.samples`."""
@@ -167,11 +173,9 @@ def main(args: list[str] | None = None) -> None:
     real = rows["data"]
     for name, row in rows.items():
         if "faces" in row:
-            print(
-                f"{name}: faces {row['faces']:.1%} ({row['faces'] / real['faces']:.2f} "
-                f"of the data's), variety {row['variety']:.3f} "
-                f"({row['variety'] / real['variety']:.2f})"
-            )
+            faces = compared(row["faces"], real["faces"], ".1%")
+            variety = compared(row["variety"], real["variety"], ".3f")
+            print(f"{name}: faces {faces}, variety {variety}")
     low = min(rows["nearest"]["lpips"])
     print(
         f"nearest training picture: LPIPS {low:.3f} or more; {options.out}/nearest.png"

@@ -49,3 +49,16 @@ def test_too_few_pictures_are_refused(tmp_path):
     options = samples.Options(str(tmp_path / "data.npy"), base, n=12)
     with pytest.raises(UserError, match="--data has 3 pictures"):
         samples.inspect(options)
+
+
+def test_data_without_faces(tmp_path, monkeypatch, capsys):
+    """Cars have none: there is no ratio to theirs."""
+    rows = {
+        "data": {"faces": 0.0, "variety": 0.4},
+        "psi 1": {"faces": 0.0, "variety": 0.2},
+        "nearest": {"lpips": [0.3]},
+    }
+    monkeypatch.setattr(samples, "inspect", lambda options: rows)
+    samples.main(["--data", "cars", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "psi 1: faces 0.0%, variety 0.200 (0.50 of the data's)" in text
