@@ -110,6 +110,9 @@ def parse(
             raise UserError(
                 f"--{flag} is {getattr(run, name)}; it must not be negative"
             )
+    # What shuffles the data takes no other.
+    if not 0 <= run.seed < 1 << 32:
+        raise UserError(f"--seed is {run.seed}; it must be from 0 to {2**32 - 1}")
     return options
 
 

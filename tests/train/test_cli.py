@@ -34,6 +34,8 @@ def test_help_names_defaults(capsys):
         ("--steps 0", "--steps is 0; it must be at least 1"),
         ("--log-every 0", "--log-every is 0"),
         ("--save-every -1", "--save-every is -1; it must not be negative"),
+        ("--seed -1", "--seed is -1; it must be from 0 to 4294967295"),
+        ("--seed 4294967296", "--seed is 4294967296"),
     ],
 )
 def test_values_that_make_no_sense(flags, message):
