@@ -636,7 +636,11 @@ def learn(
         metadata["styles"] = [style_names[path] for path in options.ref]
     identity = {"reference": references.digest(options.ref)} | digests
     check_folder(options, metadata, identity)
-    pictures, codes = references.prepare(options, generator, base)
+    if options.run.compile_for:
+        # Nobody waits for an inversion, and nothing of it is left in the folder.
+        pictures, codes = references.shapes(options, generator)
+    else:
+        pictures, codes = references.prepare(options, generator, base, identity)
     if options.own_color == "auto" and not options.run.compile_for:
         shares = np.asarray(own_color_shares(options, pictures))
         told = ", ".join(
@@ -692,9 +696,6 @@ def main(args: list[str] | None = None) -> None:
         _, *identity = judges.choose(
             "identity", options.identity_net, options.run.dtype
         )
-    if options.run.compile_for:
-        # The shapes are the same, and nobody waits for an inversion.
-        options = dataclasses.replace(options, inversion="mean")
     digests = {
         "weights": weights.digest(params),
         "judges": weights.digest([judge[1], identity[1]]),

@@ -7,7 +7,7 @@ nor inverts again, and people can see what the crop and the inversion gave.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,11 @@ from train import processes, sharding
 PULL = 0.05
 # Pictures that a device inverts at a time.
 BATCH = 4
+# Options that the pictures and codes depend on.
+PREPARED_BY = (
+    *("ref", "align", "encoder", "inversion", "inversion_steps", "inversion_space"),
+    *("virtual_mask", "perceptual_net"),
+)
 
 
 def digest(paths: Sequence[epath.Path]) -> str:
@@ -39,8 +44,38 @@ def digest(paths: Sequence[epath.Path]) -> str:
     return sha.hexdigest()[:16]
 
 
+def made_from(options: Any, identity: Mapping[str, str]) -> str:
+    """Sixteen hex digits that change with what pictures and codes are made from.
+
+    See `prepare`.
+    """
+    said = [getattr(options, name) for name in PREPARED_BY]
+    said += [options.run.seed, options.run.dtype, sorted(identity.items())]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+def shapes(options: Any, generator: Generator) -> tuple[Any, Any]:
+    """Those of the pictures and codes that `prepare` makes."""
+    count, size = len(options.ref), generator.size
+    pictures, codes = (size, size, 3), (len(style_rows(size)), generator.w_dim)
+    return tuple(
+        jax.ShapeDtypeStruct((count, *shape), jnp.float32)
+        for shape in (pictures, codes)
+    )
+
+
+def kept(cache: epath.Path, source: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """What a run before has prepared, or None: it had none, or made from others."""
+    if not cache.exists():
+        return None
+    with cache.open("rb") as file, np.load(file) as stored:
+        if str(stored.get("made_from")) != source:
+            return None
+        return stored["pictures"], stored["w_layers"]
+
+
 def prepare(
-    options: Any, generator: Generator, base: Any
+    options: Any, generator: Generator, base: Any, identity: Mapping[str, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Aligned pictures and codes of a run's references.
 
@@ -48,16 +83,23 @@ def prepare(
       options: of `train.jojo`.
       generator: the architecture.
       base: its parameters before training.
+      identity: digests of the run, those of references and weights among them; with
+        others, or other options, all is made anew.
 
     Returns:
       Pictures [refs, size, size, 3] in [-1, 1], codes [refs, num_layers, w_dim], both
       on the host: 256 pictures of 1024 px are 3 GB.
+
+    Raises:
+      UserError: a picture cannot be aligned; a process was given others.
     """
     folder = epath.Path(options.run.out) / "references"
-    cache = folder / "codes.npz"
-    if cache.exists():
-        with cache.open("rb") as file, np.load(file) as stored:
-            return stored["pictures"], stored["w_layers"]
+    cache, source = folder / "codes.npz", made_from(options, identity)
+    processes.check_same(identity)
+    known = kept(cache, source)
+    # Where one process does not see it, all have to make it.
+    if all(processes.gather("known" if known else "")):
+        return known
     # Each process aligns and inverts its share.
     own = dataclasses.replace(options, ref=share(options.ref))
     with processes.together():
@@ -70,7 +112,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         for path, picture in zip(options.ref, pictures, strict=True):
             save_image(folder / f"{path.stem}.png", picture)
-        write_codes(cache, pictures=pictures, w_layers=codes)
+        write_codes(cache, pictures=pictures, w_layers=codes, made_from=source)
     return np.asarray(pictures), codes
 
 

@@ -18,6 +18,7 @@ import convert
 from convert import pt
 from convert.stylegan2 import generator_state
 from jaxstyle import images, weights
+from jaxstyle.align import AlignOptions
 from jaxstyle.errors import UserError
 from jaxstyle.features.identity import ArcFace
 from jaxstyle.stylegan2 import Discriminator, Generator, style_rows
@@ -641,6 +642,70 @@ def test_groups():
     assert [known for _, known in parts] == [0, 0, 1]
     (whole,) = jojo.groups(dataclasses.replace(options, group=0))
     assert whole[0].run.out == "o" and whole[1] == 0
+
+
+def reference_options(tmp_path, **values):
+    """Options with a picture of noise as their reference."""
+    ref = tmp_path / "art.png"
+    if not ref.exists():
+        images.save_image(ref, np.asarray(picture("art", 1, 16))[0])
+    align = AlignOptions(align=False)
+    run = RunOptions(out=str(tmp_path / "run"))
+    return jojo.Options(ref=(ref,), align=align, run=run, **values)
+
+
+def test_references_are_prepared_anew_for_others(tmp_path, monkeypatch):
+    model, params = weights.load(small_models.save_base(tmp_path / "base"))
+    generator, base = model.generator, params["generator"]
+    made = []
+
+    def inverted(options, generator, base, pictures):
+        made.append(options)
+        return jnp.full((1, generator.num_ws, generator.w_dim), float(len(made)))
+
+    monkeypatch.setattr(references, "inverted", inverted)
+
+    def prepared(weights="ab", **values):
+        options = reference_options(tmp_path, **values)
+        identity = {"reference": references.digest(options.ref), "weights": weights}
+        return references.prepare(options, generator, base, identity)
+
+    first = prepared()
+    jax.tree.map(np.testing.assert_array_equal, first, prepared(lr=1.0))
+    assert len(made) == 1
+    # What a run left that ended before its first checkpoint is of no use to another.
+    mean = np.broadcast_to(base["w_avg"], first[1].shape)
+    np.testing.assert_array_equal(prepared(inversion="mean")[1], mean)
+    assert (prepared()[1] == 2).all()
+    assert (prepared(weights="cd")[1] == 3).all()
+    assert (prepared(inversion_steps=9)[1] == 4).all()
+    images.save_image(tmp_path / "art.png", np.asarray(picture("other", 1, 16))[0])
+    other = prepared(inversion_steps=9)
+    assert (other[1] == 5).all() and (other[0] != first[0]).any()
+    # So is what was written before it was said what it was made from.
+    cache = tmp_path / "run" / "references" / "codes.npz"
+    np.savez(cache, pictures=first[0], w_layers=first[1])
+    assert (prepared(inversion_steps=9)[1] == 6).all()
+
+
+def test_compiling_for_chips_leaves_nothing_in_the_folder(tmp_path, monkeypatch):
+    base = small_models.save_base(tmp_path / "base")
+    options = reference_options(tmp_path, inversion="mean")
+    found = {}
+
+    def report(run, entry, state, frozen, every, batch, rules):
+        found.update(frozen["preview"])
+        return []
+
+    monkeypatch.setattr(fits, "report", report)
+    args = ["--ref", options.ref[0], "--no-align", "--weights", base, "--mask", "0-3"]
+    args += ["--out", options.run.out, "--compile-for", "v5e:2x2"]
+    with pytest.raises(fits.Compiled):
+        jojo.main([str(a) for a in args])
+    assert not Path(options.run.out).exists()
+    model, params = weights.load(base)
+    real = references.prepare(options, model.generator, params["generator"], {})
+    assert [found[n].shape for n in ("references", "codes")] == [x.shape for x in real]
 
 
 @pytest.mark.slow
