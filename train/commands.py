@@ -1,6 +1,8 @@
 """Other commands of ours, each in a process of its own: run once, timed and weighed."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -44,17 +46,36 @@ def once(done: Path, command: Sequence[str]) -> dict[str, float]:
     """Run a command unless it has ended well before.
 
     Args:
-      done: file that says so and holds what it cost; the command may make its folder.
+      done: file that says so and holds the command and what it cost; the command may
+        make its folder. One that names no command was written by an older version: the
+        command is run, and goes on or refuses by itself.
       command: see `run`.
 
     Returns:
       `seconds` of the run that ended (of one that went on, that part) and `memory`.
 
     Raises:
-      UserError: it failed.
+      UserError: it failed; another command has ended there.
     """
-    if not done.exists():
+    found = json.loads(done.read_text()) if done.exists() else {}
+    if "command" not in found:
         seconds, memory = run(command)
-        text = json.dumps({"seconds": seconds, "memory": memory})
-        write_bytes(done, text.encode())
-    return json.loads(done.read_text())
+        # An older version's cost is of the run, this one's of looking at it.
+        cost = {"seconds": seconds, "memory": memory} | found
+        found = cost | {"command": list(command)}
+        write_bytes(done, json.dumps(found).encode())
+    before, now = parts(found["command"]), parts(command)
+    if set(before) != set(now):
+        gone = " ".join(part for part in before if part not in now)
+        new = " ".join(part for part in now if part not in before)
+        raise UserError(
+            f"{done} is of a run that differs: {gone or '(nothing)'} → "
+            f"{new or '(nothing)'}. Use the former values, or another --out; or delete "
+            "it and the folder of that run, to run it again"
+        )
+    return {name: found[name] for name in ("seconds", "memory")}
+
+
+def parts(command: Sequence[str]) -> list[str]:
+    """The flags of a command, each with its values."""
+    return re.split(" (?=--)", shlex.join(command))

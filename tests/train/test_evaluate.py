@@ -93,6 +93,26 @@ def test_costs_of_a_command():
         commands.run(["-c", "1/0"])
 
 
+def test_a_command_that_has_ended_is_not_repeated_as_another(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(commands, "run", lambda c: (ran.append(c), (len(ran), 9.0))[1])
+    done, command = tmp_path / "cost.json", ["-m", "train.jojo", "--ref", "a b.png"]
+    cost = {"seconds": 1, "memory": 9.0}
+    assert commands.once(done, [*command, "--lr", "1"]) == cost
+    # The order of flags says nothing.
+    assert commands.once(done, [*command[:2], "--lr", "1", *command[2:]]) == cost
+    with pytest.raises(UserError, match="--lr 1 → --lr 2 --steps 3. .*another --out"):
+        commands.once(done, [*command, "--lr", "2", "--steps", "3"])
+    with pytest.raises(UserError, match=r"cost.json .* --lr 1 → \(nothing\)"):
+        commands.once(done, command)
+    assert len(ran) == 1
+    # Of an older version's, the run itself says whether it is this one.
+    done.write_text(json.dumps({"seconds": 70, "memory": 8}))
+    for _ in range(2):
+        assert commands.once(done, command) == {"seconds": 70, "memory": 8}
+    assert ran[1:] == [command]
+
+
 def train_here(command):
     """Instead of a process of its own, which would compile everything again."""
     schemes = {f"train.{m.__name__[6:]}": m for m in (jojo, nada, stylegan2)}
