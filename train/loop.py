@@ -81,7 +81,8 @@ def fit(
       validate: (every, function): a function (state, frozen) -> {name: float} with
         `val_loss` among the names. The state with the lowest is kept in OUT/best, a
         folder that loads like the run; every 0 validates at the end alone. A
-        `finished` among the names that is true makes that iteration the run's last.
+        `finished` among the names that is true makes that iteration the run's last. A
+        run that has ended so, or by `learns`, trains no more, whatever its --steps.
 
     Returns:
       The last state, on the mesh.
@@ -114,12 +115,15 @@ def fit(
         checkpoints = Checkpoints(folder / "checkpoints", run.keep)
         latest: dict[str, float] = {}
         resumed = checkpoints.restore_newest(state)
+        ended = False  # by its own rule, not by --steps
         if resumed:
             state, data = resumed
             latest = data["metrics"]
+            ended = data.get("ended", False)
             if batches is not None:
                 batches.set_state(data["position"])
         begin = int(state.step)
+        end = begin if ended else run.steps
         steps = [
             (every, _jit(step, i, layout, frozen_layout, mesh))
             for i, (every, step) in enumerate(schedule)
@@ -131,7 +135,7 @@ def fit(
         draw = sample and jax.jit(sample, out_shardings=everywhere)
         styles = (metadata or {}).get("styles", ())
         check = partial(_checked, checkpoints=checkpoints, folder=folder, styles=styles)
-        log = Log(folder, begin, run.steps, run.tensorboard)
+        log = Log(folder, begin, end, run.tensorboard)
         with (
             jax.set_mesh(mesh),
             contextlib.closing(checkpoints),
@@ -139,16 +143,18 @@ def fit(
             contextlib.closing(batches) if batches else contextlib.nullcontext(),
             _signals() as caught,
         ):
-            if resumed:
+            if ended:
+                log.say(f"{folder} was ended by its own rule and trains no more")
+            elif resumed:
                 log.say(f"continuing {folder} at step {begin} of {run.steps}")
             elif draw:
                 log.samples(begin, np.asarray(draw(state, frozen)))
-            if begin < run.steps and jax.process_index() == 0:
+            if begin < end and jax.process_index() == 0:
                 # A run that goes on is not finished.
                 (folder / "summary.json").unlink(missing_ok=True)
             pending: tuple[int, dict[str, Array]] | None = None
-            for i in range(begin, run.steps):
-                last = i + 1 == run.steps
+            for i in range(begin, end):
+                last = i + 1 == end
                 if run.debug_profile:
                     _trace(folder, i - begin, last)
                 batch = {}
@@ -174,8 +180,8 @@ def fit(
                 if logs or saves or stop:
                     latest |= check(*pending)
                     pending = None
-                if latest.get("learns") == 0 and not last:
-                    last = logs = saves = True
+                if latest.get("learns") == 0:
+                    ended = last = logs = saves = True
                 if validate and (last or (validate[0] and done % validate[0] == 0)):
                     # Virtual devices of a CPU can lock up in two programs at a time.
                     values = validate[1](jax.block_until_ready(state), frozen)
@@ -185,8 +191,8 @@ def fit(
                             "best_step": done,
                         }
                         keep(folder / "best", state, values, networks, metadata)
-                    if values.pop("finished", False) and not last:
-                        last = logs = saves = True
+                    if values.pop("finished", False):
+                        ended = last = logs = saves = True
                         latest |= check(*pending) if pending else {}
                     latest |= values
                     log.say(f"step {done}: validation loss {values['val_loss']:.4f}")
@@ -195,7 +201,7 @@ def fit(
                 if saves or stop:
                     _check_state(done, state, finite(state), checkpoints, folder)
                     position = None if batches is None else batches.get_state()
-                    data = {"position": position, "metrics": latest}
+                    data = {"position": position, "metrics": latest, "ended": ended}
                     checkpoints.save(done, state, data)
                     # Its threads would keep what they free, some hundred megabytes in
                     # half an hour.

@@ -10,6 +10,7 @@ import time
 import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -158,6 +159,36 @@ def test_finished_run_is_left_alone(tmp_path):
     before = (out / "summary.json").read_text()
     assert_same(first, toy.run(toy.options(out), mesh_of(2)))
     assert (out / "summary.json").read_text() == before
+
+
+def loss_is(value, *, finished=False):
+    """Validation in the second iteration and at the end."""
+    return 2, lambda state, frozen: {"val_loss": value, "finished": finished}
+
+
+def learns(state, frozen, batch):
+    """Two styles, of which none learns from the third iteration on."""
+    return state, {"learns": jnp.full(2, state.step < 2, jnp.float32)}
+
+
+@pytest.mark.parametrize("rule", ["finished", "learns", "finished at the end"])
+def test_a_run_that_its_own_rule_has_ended_trains_no_more(
+    tmp_path, monkeypatch, capsys, rule
+):
+    given = {"metadata": {"scheme": "toy", "styles": ["a", "b"]}}
+    if rule == "learns":
+        schedule = toy.schedule
+        monkeypatch.setattr(toy, "schedule", lambda *a: [*schedule(*a), (1, learns)])
+    else:
+        given["validate"] = loss_is(1.0, finished=True)
+    steps = 2 if rule.endswith("end") else 6
+    first = toy.run(toy.options(tmp_path, steps=steps), mesh_of(2), **given)
+    assert int(first.step) == (3 if rule == "learns" else 2)
+    before = (tmp_path / "summary.json").read_text()
+    again = toy.run(toy.options(tmp_path, steps=9), mesh_of(2), **given)
+    assert_same(first, again)
+    assert (tmp_path / "summary.json").read_text() == before
+    assert "was ended by its own rule" in capsys.readouterr().out
 
 
 def test_checkpoint_is_not_touched_by_later_steps(tmp_path):

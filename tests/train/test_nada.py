@@ -337,6 +337,8 @@ def test_it_stops_by_itself(base, tmp_path):
     assert metrics[0]["val_score"] >= -1 and np.isfinite(metrics[0]["loss"])
     assert (tmp_path / "score" / "checkpoints" / "2").exists()
     assert (tmp_path / "score" / "summary.json").exists()
+    again = command(base, tmp_path / "score", *flags, "--stop-score", "-2")
+    assert again == metrics
 
 
 @pytest.mark.slow
