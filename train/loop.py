@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxstyle import weights
 from jaxstyle.cache import release_memory
 from jaxstyle.errors import UserError
-from train import fits, sharding
+from train import fits, processes, sharding
 from train.checkpoint import Checkpoints
 from train.folder import check_folder, open_folder
 from train.log import Log, write_json
@@ -122,6 +122,11 @@ def fit(
             ended = data.get("ended", False)
             if batches is not None:
                 batches.set_state(data["position"])
+        else:
+            with processes.together():
+                # A run that ended before its first checkpoint may have left one.
+                if jax.process_index() == 0 and (folder / "best").exists():
+                    (folder / "best").rmtree()
         begin = int(state.step)
         end = begin if ended else run.steps
         steps = [

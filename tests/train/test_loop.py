@@ -191,6 +191,22 @@ def test_a_run_that_its_own_rule_has_ended_trains_no_more(
     assert "was ended by its own rule" in capsys.readouterr().out
 
 
+def test_the_best_of_a_run_that_left_no_checkpoint_is_not_kept(tmp_path):
+    options = toy.options(tmp_path, nan_metric_at=2)
+    with pytest.raises(UserError, match="no checkpoint was written"):
+        toy.run(options, mesh_of(2), validate=loss_is(1.0))
+    assert (tmp_path / "best" / "checkpoints" / "2").exists()
+    other = toy.options(tmp_path, steps=2, lr=0.2)
+    state = toy.run(other, mesh_of(2), validate=loss_is(3.0))
+    _, params = jaxstyle.load(tmp_path / "best")
+    jax.tree.map(
+        np.testing.assert_array_equal, params["generator"], state.ema["generator"]
+    )
+    # That of a run that goes on stays, when nothing better comes.
+    toy.run(toy.options(tmp_path, lr=0.2), mesh_of(2), validate=loss_is(4.0))
+    assert [p.name for p in (tmp_path / "best" / "checkpoints").iterdir()] == ["2"]
+
+
 def test_checkpoint_is_not_touched_by_later_steps(tmp_path):
     # Saving goes on in the background while the next step reuses the state's memory.
     out = tmp_path / "run"
