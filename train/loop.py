@@ -147,6 +147,7 @@ def fit(
             contextlib.closing(log),
             contextlib.closing(batches) if batches else contextlib.nullcontext(),
             _signals() as caught,
+            contextlib.ExitStack() as trace,
         ):
             if ended:
                 log.say(f"{folder} was ended by its own rule and trains no more")
@@ -161,7 +162,7 @@ def fit(
             for i in range(begin, end):
                 last = i + 1 == end
                 if run.debug_profile:
-                    _trace(folder, i - begin, last)
+                    _trace(folder, i - begin, trace)
                 batch = {}
                 if batches is not None:
                     batch = sharding.global_batch(next(batches), mesh)
@@ -411,9 +412,9 @@ def _leave(number: int, step: int, folder: Any, log: Log) -> None:
     raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
 
 
-def _trace(folder: Any, iteration: int, last: bool) -> None:
+def _trace(folder: Any, iteration: int, trace: contextlib.ExitStack) -> None:
     """Trace iterations 10 to 19 of this part of the run, or what there is of them."""
     if iteration == 10:
-        jax.profiler.start_trace(os.fspath(folder / "profile"))
-    elif iteration == 20 or (last and 10 < iteration < 20):
-        jax.profiler.stop_trace()
+        trace.enter_context(jax.profiler.trace(os.fspath(folder / "profile")))
+    elif iteration == 20:
+        trace.close()

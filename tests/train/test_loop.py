@@ -270,8 +270,16 @@ def test_tensorboard_and_buckets_name_their_extras(tmp_path):
             toy.run(options, mesh_of(1))
 
 
-def test_profile(tmp_path):
-    toy.run(toy.options(tmp_path, steps=13, debug_profile=True), mesh_of(1))
+@pytest.mark.parametrize("steps", [11, 13, 22])
+def test_profile(tmp_path, steps):
+    toy.run(toy.options(tmp_path, steps=steps, debug_profile=True), mesh_of(1))
+    assert any((tmp_path / "profile").rglob("*.pb"))
+
+
+def test_profile_of_a_run_that_fails(tmp_path):
+    options = toy.options(tmp_path, steps=22, debug_profile=True, nan_metric_at=14)
+    with pytest.raises(UserError, match="loss is nan at step 15"):
+        toy.run(options, mesh_of(1))
     assert any((tmp_path / "profile").rglob("*.pb"))
 
 
