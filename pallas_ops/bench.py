@@ -171,8 +171,31 @@ def bytes_of(shapes: str) -> int:
     return total
 
 
+def computations(program: str) -> dict[str, list[str]]:
+    """The lines of a program's parts by name; the one that begins is called ENTRY."""
+    parts, lines = {}, []
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line):
+            lines = parts["ENTRY" if head[1] else head[2]] = []
+        else:
+            lines.append(line)
+    return parts
+
+
+def turns_of(condition: list[str]) -> int:
+    """How often a loop runs whose condition is given: it counts from 0 to a constant.
+
+    Raises:
+      RuntimeError: it is another one.
+    """
+    counts = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    if len(counts) != 1 or "direction=LT" not in "\n".join(condition):
+        raise RuntimeError("it does not say how often a loop runs")
+    return int(counts[0])
+
+
 def estimate(folder: Path, program: str, chip: str) -> dict:
-    """Cycles of a compiled program.
+    """Cycles of a compiled program: loops as often as they run, the longest branches.
 
     Args:
       folder: of the compiler's files.
@@ -181,19 +204,21 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
 
     Returns:
       `ms` and, of it, `xla_ms`; the share of a kernel by name, in `kernels`.
+
+    Raises:
+      RuntimeError: a kernel without files, or a loop whose turns cannot be read.
     """
     ghz, bandwidth, _ = CHIPS[chip]
-    entry = program[program.index("\nENTRY") :]
-    xla, kernels = 0, {}
-    shapes = dict(re.findall(r"%([\w.-]+) = ([^=]*?) [\w-]+\(", entry))
+    parts = computations(program)
+    shapes = dict(re.findall(r"%([\w.-]+) = ([^=]*?) [\w-]+\(", program))
     # Several names of one array: a block and its neighbours read it three times.
-    same = dict(re.findall(r"%([\w.-]+) = [^=]*? bitcast\(%([\w.-]+)\)", entry))
+    same = dict(re.findall(r"%([\w.-]+) = [^=]*? bitcast\(%([\w.-]+)\)", program))
 
     def array(name: str) -> str:
         return array(same[name]) if name in same else name
 
     # A kernel that is called twice is compiled once, under one of the names.
-    body = dict(re.findall(rf"%([\w.-]+) = .*?{KERNEL}.*?backend_config=(.*)", entry))
+    body = dict(re.findall(rf"%([\w.-]+) = .*?{KERNEL}.*?backend_config=(.*)", program))
     twins: dict[str, list[str]] = {}
     for name, text in body.items():
         twins.setdefault(text, []).append(name)
@@ -204,22 +229,39 @@ def estimate(folder: Path, program: str, chip: str) -> dict:
                 return read_kernel(folder, twin)
         raise RuntimeError(f"the compiler left no files of kernel {name}")
 
-    for line in entry.splitlines():
-        if KERNEL in line:
-            name = re.search(r"%([\w.-]+) =", line)[1]
-            operands = re.search(r"custom-call\((.*?)\)", line)[1]
-            read = {array(n) for n in re.findall(r"%([\w.-]+)", operands)}
-            moved = bytes_of(shapes[name]) + sum(bytes_of(shapes[n]) for n in read)
-            found = kernel(name)
-            compute = found.turns * max(found.bundles, found.matmul_rows)
-            kernels[name] = max(compute, moved / (bandwidth / ghz)) / ghz / 1e6
-        elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
-            xla += int(cycles[1])
-    xla_ms = xla / ghz / 1e6
+    def cost(part: str) -> tuple[float, Counter]:
+        xla, kernels = 0.0, Counter()
+        for line in parts[part]:
+            turns, inner = 1, []
+            if KERNEL in line:
+                name = re.search(r"%([\w.-]+) =", line)[1]
+                operands = re.search(r"custom-call\((.*?)\)", line)[1]
+                read = {array(n) for n in re.findall(r"%([\w.-]+)", operands)}
+                moved = bytes_of(shapes[name]) + sum(bytes_of(shapes[n]) for n in read)
+                found = kernel(name)
+                compute = found.turns * max(found.bundles, found.matmul_rows)
+                kernels[name] += max(compute, moved / (bandwidth / ghz)) / ghz / 1e6
+            elif loop := re.search(
+                r" while\(.*condition=%(\S+), body=%([^\s,]+)", line
+            ):
+                turns, inner = turns_of(parts[loop[1]]), [loop[2]]
+            elif re.search(r" (conditional|call)\(", line):
+                after = line[line.index("), ") :]
+                inner = [n for n in re.findall(r"%([\w.-]+)", after) if n in parts]
+            elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+                xla += int(cycles[1]) / ghz / 1e6
+            if inner:
+                costs = [cost(name) for name in inner]
+                longest = max(costs, key=lambda x: x[0] + sum(x[1].values()))
+                xla += turns * longest[0]
+                kernels += Counter({n: turns * ms for n, ms in longest[1].items()})
+        return xla, kernels
+
+    xla_ms, kernels = cost("ENTRY")
     return {
         "ms": xla_ms + sum(kernels.values()),
         "xla_ms": xla_ms,
-        "kernels": kernels,
+        "kernels": dict(kernels),
     }
 
 

@@ -51,6 +51,51 @@ def test_estimate(tmp_path):
     assert found["ms"] == pytest.approx(6200 / 1.5e6)
 
 
+def test_loops_and_branches_of_a_program(tmp_path):
+    """A loop counts as often as it runs, of branches the longest one does."""
+    write(tmp_path, "conv.1", FILES)
+    call = next(n for n in PROGRAM.splitlines() if "%conv.1 =" in n)
+    call += ', backend_config={"body":"a"}'
+    inner = """
+%turn (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %bitcast.3 = bf16[128]{0} bitcast(%a)
+  CALL
+}
+
+%more (i: s32[]) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%short (a: bf16[8,16]) -> bf16[8,16] {
+  ROOT %add.1 = bf16[8,16] add(%a, %a), backend_config={"estimated_cycles":"10"}
+}
+
+%long (a: bf16[8,16]) -> bf16[8,16] {
+  ROOT %add.2 = bf16[8,16] add(%a, %a), backend_config={"estimated_cycles":"500"}
+}
+""".replace("CALL", call.replace("bitcast.1, %bitcast.2", "bitcast.3, %bitcast.3"))
+    outer = """
+  %while.1 = (s32[], bf16[8,16]) while(%t), condition=%more, body=%turn, metadata={}
+  %cond = bf16[8,16] conditional(%p, %x), branch_computations={%short, %long}
+  ROOT %copy"""
+    program = inner + PROGRAM.replace("  ROOT %copy", outer[1:])
+    # Compiled once, for the name within the loop.
+    program = program.replace(
+        "%conv.1 = bf16[8,16]{1,0} custom-call(%bitcast.1",
+        "%conv.2 = bf16[8,16]{1,0} custom-call(%bitcast.1",
+    )
+    first = next(n for n in program.splitlines() if "%conv.2 =" in n)
+    program = program.replace(first, first + ', backend_config={"body":"a"}')
+    found = bench.estimate(tmp_path, program, "v5e")
+    assert found["xla_ms"] == pytest.approx((3000 + 500) / 1.5e6)
+    one = pytest.approx(3200 / 1.5e6)
+    assert found["kernels"] == {"conv.1": 7 * 3200 / 1.5e6, "conv.2": one}
+    with pytest.raises(RuntimeError, match="how often a loop runs"):
+        bench.estimate(tmp_path, program.replace("direction=LT", "direction=NE"), "v5e")
+
+
 def test_loop_within_a_turn(tmp_path):
     """Its bundles and products count as often as they run."""
     lines = FILES["final_bundles"].splitlines()
