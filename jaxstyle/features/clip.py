@@ -205,15 +205,17 @@ class CLIP(nn.Module):
                 f"pictures have shape {list(pixels.shape)}; this CLIP takes [batch, "
                 f"{size}, {size}, 3]: bring them there with its `prepare`"
             )
-        patches = lax.conv_general_dilated(
-            pixels.astype(self.dtype),
+        # A convolution whose steps are as wide as its kernel, as one product: the TPU
+        # compiler's gradient of such a convolution takes longer than all layers.
+        batch, side = pixels.shape[0], self.patch_size
+        count = size // side
+        cut = pixels.astype(self.dtype).reshape(batch, count, side, count, side, 3)
+        patches = jnp.einsum(
+            "bhpwqc,pqcv->bhwv",
+            cut,
             p["patch"]["weight"].astype(self.dtype),
-            (self.patch_size,) * 2,
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             preferred_element_type=jnp.float32,
         )
-        batch = pixels.shape[0]
         first = jnp.broadcast_to(p["class_embedding"], (batch, 1, width))
         x = jnp.concatenate([first, patches.reshape(batch, -1, width)], 1)
         x = x + p["position_embedding"]
