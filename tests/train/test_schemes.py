@@ -38,7 +38,9 @@ ARGUMENTS = {
     "--validate-count 2",
     "clip_heads": "--data {heads} --held-out 4 --size 16 --width 32 --batch 8 "
     "--vision-layers 1 --text-layers 1",
-    "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch",
+    # A step that is seen: of two pictures that hardly differ the direction is rounding.
+    "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch "
+    "--lr 0.1",
     "dual_pretrain": "--weights {dual}/base --encoder {dual}/encoder --data {faces} "
     "--batch 8 --judge-size 64 --perceptual-net alexnet",
     "dual_finetune": "--weights {dual}/stage1 --exemplars {dual}/codes --batch 8 "
