@@ -19,8 +19,8 @@ LPIPS_SIZE = 256
 
 
 def judge_size(pictures: Array) -> Array:
-    """Pictures [n, h, h, 3] at 256 px, bilinearly."""
-    return resize(jnp.asarray(pictures), LPIPS_SIZE)
+    """Pictures [n, h, h, 3] at 256 px, bilinearly; their values cut as in a file."""
+    return resize(jnp.clip(pictures, -1, 1), LPIPS_SIZE)
 
 
 @jax.jit

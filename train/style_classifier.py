@@ -86,6 +86,7 @@ def learn(
 @jax.jit
 def named(params: Mapping, pictures: Array) -> Array:
     """Number of the style of each picture [batch, size, size, 3]: [batch]."""
+    pictures = jnp.clip(pictures, -1, 1)  # as in a file
     batch, _, _, channels = pictures.shape
     shape = (batch, SIZE, SIZE, channels)
     return jnp.argmax(logits(params, jax.image.resize(pictures, shape, "linear")), -1)

@@ -59,6 +59,13 @@ def test_distances_are_lpips_and_the_style_is_nearest_to_itself():
     assert style[0] < 1e-10 and style[1] > 1e-3
 
 
+def test_pictures_are_measured_as_a_file_holds_them():
+    # Networks draw beyond white and black.
+    beyond = faces(2) * 3
+    held = np.clip(beyond, -1, 1)
+    np.testing.assert_array_equal(*map(measures.judge_size, (beyond, held)))
+
+
 def test_the_same_face_has_cosine_one():
     judge = judges.choose("identity")
     a, b = (measures.faces(judge, faces(2, seed=i)) for i in (0, 1))
@@ -138,6 +145,8 @@ def test_the_classifier_learns_styles(tmp_path):
     assert evaluate.called(judge, pictures, "pencil") == {"called": 1.0}
     assert evaluate.called(judge, pictures, "cel") == {"called": 0.0}
     assert evaluate.called(judge, pictures, "lorelei") == {}
+    pictures[:, 0] = -999  # no more than black
+    assert evaluate.called(judge, pictures, "pencil") == {"called": 1.0}
     assert style_classifier.named(judge, pictures[:, ::2, ::2]).shape == (8,)
     plain = evaluate.Options(out=tmp_path)
     assert evaluate.classifier(plain, {"jojo": evaluate.METHODS["jojo"]}) is None
