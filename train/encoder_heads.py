@@ -5,7 +5,8 @@
     python -m train.encoder_heads --only sketch,labels --task-steps 4000
 
 Each is trained by a command that is printed, in a folder of OUT, and goes on where it
-stopped; finished ones are not trained again. Then all are measured on --n other heads:
+stopped; finished ones are not trained again. Of the first two OUT/NAME/model is what
+ships: the encoder alone, in half precision. Then all are measured on --n other heads:
 
 - `e4e` and `z_plus`, the two that ship with the model, join the inverters of
   `train.evaluate`: beside searches, and with a search of 50 steps from their codes;
@@ -183,6 +184,17 @@ def train(options: Options, name: str) -> None:
     command = command_of(options, name)
     print(f"{name}: python {shlex.join(command)}", flush=True)
     commands.once(options.out / name / "cost.json", command)
+    if name in INVERTERS:
+        run = run_of(options, name)
+        model, params = weights.load(run)
+        weights.save(
+            options.out / name / "model",
+            {"encoder": model["encoder"]},
+            {"encoder": params["encoder"]},
+            metadata=weights.read_config(run)["metadata"],
+            dtype="float16",
+            overwrite=True,
+        )
 
 
 # Measures
