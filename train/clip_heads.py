@@ -23,7 +23,8 @@ Pictures are moved, mirrored, blurred and given noise. That does not keep a gene
 which follows this CLIP from pleasing it by changes that nobody would call a drawing:
 `--adversary` trains on pictures that are changed so as to deceive it (Madry et al.,
 arXiv 1706.06083), after which its gradients point to what a person sees (Santurkar et
-al., arXiv 1906.09453).
+al., arXiv 1906.09453). `--mix` adds pictures between two styles, of which captions are
+true in part, so that what is left of the photo counts against the drawing.
 
 OUT/model holds the towers in half precision. In metrics.jsonl: `style`, the share of
 held-out pictures whose style is named rightly among five; `words`, the same for age,
@@ -44,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from jaxstyle import images, weights
 from jaxstyle.errors import UserError, cli
@@ -53,7 +54,6 @@ from jaxstyle.features.clip import CLIP, normalise
 from train import data, loop, optim, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out
 from train.heads_params import HAIR
-from train.heads_render import STYLES
 from train.state import TrainState, create_state
 
 # What captions say of a head, and in which words.
@@ -133,6 +133,10 @@ class Options:
     """AdamW's."""
     noise: float = 0.15
     """Highest deviation of the noise on the pictures, which are in [-1, 1]."""
+    mix: float = 0.0
+    """Share of the pictures that are mixed of two styles of one head, by color, coarse
+    and fine brightness and by place; a caption is as true of one as its style has a
+    share in it."""
     adversary: float = 0.0
     """Greatest change (L2 norm, of pictures in [-1, 1]) that is made to each picture so
     as to raise the loss, before the towers learn from it; 0: none. 3 is 3.5 levels of
@@ -293,7 +297,10 @@ def needed_share(values: int) -> float:
 
 
 class Heads(Sequence):
-    """Pictures uint8 [size, size, 3] and their facts, the styles in turn.
+    """Pictures uint8 [n, size, size, 3] of a head and their facts [n, len(WORDS)].
+
+    The first are the item's own, whose style changes from item to item; the others are
+    the same head in its folder's other styles.
 
     Args:
       folders: of `train.heads`.
@@ -303,10 +310,12 @@ class Heads(Sequence):
 
     def __init__(self, folders: Sequence[Path], held_out: int, train: bool = True):
         self.folders = [str(folder) for folder in folders]
-        by_style: dict[str, list] = {style: [] for style in STYLES}
+        by_style: list[list] = [[] for _ in VALUES["style"]]
         for folder in folders:
             true = read_facts(folder)
             cut = len(true) - held_out
+            some = slice(cut) if train else slice(cut, None)
+            found = {}
             for number, style in enumerate(VALUES["style"]):
                 file = Path(folder) / f"{style}.npy"
                 if not file.is_file():
@@ -318,12 +327,14 @@ class Heads(Sequence):
                         f"pictures in {file.name}; --held-out is {held_out}: give a "
                         "folder as train.heads wrote it, with more heads than that"
                     )
-                some = slice(cut) if train else slice(cut, None)
-                own = true.copy()
-                own[:, 0] = number
-                rows = zip(range(len(true))[some], own[some], strict=True)
-                by_style[style] += [(pictures, i, row) for i, row in rows]
-        self.styles = [rows for rows in by_style.values() if rows]
+                found[number] = pictures
+            for number in found:
+                numbers = [number, *(n for n in found if n != number)]
+                of_head = [found[n] for n in numbers]
+                by_style[number] += [
+                    (of_head, numbers, i, true[i]) for i in range(len(true))[some]
+                ]
+        self.styles = [rows for rows in by_style if rows]
         if not self.styles:
             given = " ".join(map(str, folders))
             raise UserError(
@@ -337,8 +348,10 @@ class Heads(Sequence):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self.styles[index % len(self.styles)]
-        pictures, place, true = rows[index // len(self.styles) % len(rows)]
-        return np.array(pictures[place]), true
+        pictures, numbers, place, true = rows[index // len(self.styles) % len(rows)]
+        all_true = np.tile(true, (len(numbers), 1))
+        all_true[:, 0] = numbers
+        return np.stack([p[place] for p in pictures]), all_true
 
     def name(self, index: int) -> str:
         """Which picture."""
@@ -366,22 +379,77 @@ def read_facts(folder: str | Path) -> np.ndarray:
         ) from None
 
 
-def make_transform(tokenizer: Any, module: CLIP, noise: float):
-    """A picture and its facts to {image, tokens, facts, claims}, at random."""
+def make_transform(tokenizer: Any, module: CLIP, noise: float, mix: float = 0.0):
+    """An item of `Heads` to {image, tokens, facts, shares, claims}, at random.
+
+    `facts` [2, len(WORDS)] are of the two styles that the picture is mixed of, `shares`
+    [2] how much of each; the caption tells of one of them, drawn by their shares.
+
+    Args:
+      tokenizer: CLIP's.
+      module: for its sizes.
+      noise: see `Options`.
+      mix: see `Options`.
+    """
 
     def transform(item, rng):
-        picture, true = item
+        pictures, facts = item
+        picture, other, shares = pictures[0], 0, np.array([1, 0], np.float32)
+        if len(pictures) > 1 and rng.random() < mix:
+            other = rng.integers(1, len(pictures))
+            bands = drawn_shares(len(picture), rng)
+            picture = mixed(picture, pictures[other], bands)
+            shares = np.array([1 - bands.mean(), bands.mean()])
+        facts = facts[[0, other]]
+        true = facts[int(rng.random() < shares[1])]
         said = chosen(true, rng) or {"style": VALUES["style"][true[0]]}
         tokens = clip_text.tokenize(tokenizer, [caption(said, rng)], module)[0]
         tokens = np.pad(tokens, (0, module.context_length - len(tokens)))
         return {
             "image": varied(picture, module.image_size, noise, rng),
             "tokens": tokens,
-            "facts": true,
+            "facts": facts,
+            "shares": shares,
             "claims": claims(said),
         }
 
     return transform
+
+
+def drawn_shares(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Shares for `mixed`, float32 [3, side, side]: one each within and around a box."""
+    within, around = rng.random((2, 3, 1, 1), np.float32)
+    (top, left), size = rng.uniform(-0.25, 0.75, 2), rng.uniform(0.25, 1, 2)
+    places = (np.arange(side) + 0.5) / side
+    rows = (places > top) & (places < top + size[0])
+    columns = (places > left) & (places < left + size[1])
+    return np.where(rows[:, None] & columns, within, around)
+
+
+def mixed(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """A picture between two, uint8 [h, w, 3].
+
+    A model that has only seen whole styles calls a picture a pencil drawing for its
+    hatching alone, its lack of color alone, or its face alone, whichever a generator
+    learns most easily. Labels in proportion: mixup (Zhang et al., arXiv 1710.09412);
+    boxes: CutMix (Yun et al., arXiv 1905.04899).
+
+    Args:
+      one, other: uint8 [h, w, 3], of the same head.
+      shares: of the other in the color, and in the coarse and the fine brightness:
+        [3, h, w], or [3, 1, 1] for the same everywhere.
+    """
+
+    def bands(picture):
+        image = Image.fromarray(picture)
+        grey = image.convert("L")
+        coarse = grey.filter(ImageFilter.GaussianBlur(len(picture) / 32))
+        x, grey, coarse = (np.asarray(i, np.float32) for i in (image, grey, coarse))
+        return x - grey[..., None], coarse[..., None], (grey - coarse)[..., None]
+
+    pairs = zip(bands(one), bands(other), shares, strict=True)
+    x = sum(a + share[..., None] * (b - a) for a, b, share in pairs)
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 
 def varied(
@@ -408,11 +476,12 @@ def varied(
 
 
 def contrastive_loss(logits: Array, true: Array) -> Array:
-    """Cross entropy of the rows and of the columns, the true ones sharing equally.
+    """Cross entropy of the rows and of the columns, shared among what is true.
 
     Args:
       logits: [pictures, captions].
-      true: of `is_true`, with at least one in each row and column.
+      true: how far a caption is true of a picture, from 0 to 1 (or as `is_true`); above
+        0 somewhere in each row and column.
     """
     true = true.astype(logits.dtype)
 
@@ -457,7 +526,9 @@ def make_step(module: CLIP, tx: optax.GradientTransformation, options: Options):
     """The step of the scheme for `fit`."""
 
     def step(state: TrainState, _: Any, batch: Any) -> tuple[TrainState, dict]:
-        true = is_true(batch["claims"], batch["facts"])
+        # [pictures, captions] for each of the two styles that a picture is mixed of.
+        true = jax.vmap(is_true, (None, 1))(batch["claims"], batch["facts"])
+        true = jnp.einsum("spc,ps->pc", true.astype(jnp.float32), batch["shares"])
 
         def loss(params, image):
             apply = jax.tree_util.Partial(module.apply, {"params": params})
@@ -513,9 +584,9 @@ def _is_matrix(params: Any) -> Any:
 
 def measured(held: Sequence) -> tuple[np.ndarray, np.ndarray]:
     """Up to 1000 held-out pictures [n, size, size, 3] and their facts."""
-    pictures, true = zip(*(held[i] for i in range(min(len(held), 1000))), strict=True)
-    pictures = [images.to_array(Image.fromarray(picture)) for picture in pictures]
-    return np.stack(pictures), np.stack(true)
+    items = [held[i] for i in range(min(len(held), 1000))]
+    shown = [images.to_array(Image.fromarray(pictures[0])) for pictures, _ in items]
+    return np.stack(shown), np.stack([facts[0] for _, facts in items])
 
 
 def what_it_names(module: CLIP, params: Any, held: Sequence) -> dict[str, float]:
@@ -650,6 +721,8 @@ def main(args: list[str] | None = None) -> None:
     options = with_out(parse(Options, __doc__, args), "clip_heads")
     if options.held_out < 2:
         raise UserError(f"--held-out is {options.held_out}; it must be at least 2")
+    if not 0 <= options.mix <= 1:
+        raise UserError(f"--mix is {options.mix:g}; it is a share, from 0 to 1")
     if options.adversary < 0 or options.adversary_steps < 1:
         raise UserError(
             f"--adversary is {options.adversary:g} and --adversary-steps "
@@ -669,7 +742,7 @@ def main(args: list[str] | None = None) -> None:
         options.run.batch,
         mesh,
         seed=options.run.seed,
-        transform=make_transform(tokenizer, module, options.noise),
+        transform=make_transform(tokenizer, module, options.noise, options.mix),
     )
     state = loop.fit(
         options,

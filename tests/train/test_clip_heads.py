@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from convert.clip import load_clip
 from jaxstyle import weights
@@ -111,6 +112,64 @@ def test_contrastive_loss_shares_what_is_true():
     assert clip_heads.contrastive_loss(-logits, true) > 10
 
 
+def test_contrastive_loss_of_pictures_between_two_styles():
+    # The best there is, for any shares: the captions' probabilities are the shares.
+    true = jnp.array([[0.75, 0.25], [0.25, 0.75]])
+    best = clip_heads.contrastive_loss(jnp.log(true), true)
+    slope = jax.grad(clip_heads.contrastive_loss)(jnp.log(true), true)
+    np.testing.assert_allclose(slope, 0, atol=1e-7)
+    np.testing.assert_allclose(best, -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+
+
+def test_mixed_pictures():
+    one, other = np.random.default_rng(0).integers(64, 192, (2, 32, 32, 3), np.uint8)
+
+    def everywhere(*shares):
+        return np.reshape(np.float32(shares), (3, 1, 1))
+
+    for shares, wanted in ((everywhere(0, 0, 0), one), (everywhere(1, 1, 1), other)):
+        found = clip_heads.mixed(one, other, shares)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, wanted)
+    grey = np.repeat(other[..., :1], 3, -1)
+    found = clip_heads.mixed(one, grey, everywhere(1, 0, 0))
+    luma = np.asarray(Image.fromarray(one).convert("L"))
+    np.testing.assert_array_equal(found, np.repeat(luma[..., None], 3, -1))
+    # Areas from one picture, lines from the other.
+    flat = np.full((32, 32, 3), 100, np.uint8)
+    lines = flat + 40 * (np.arange(32) % 2)[:, None].astype(np.uint8)
+    bands = everywhere(0, 1, 0), everywhere(0, 0, 1)
+    coarse, fine = (clip_heads.mixed(flat, lines, x) for x in bands)
+    assert np.ptp(coarse[:, 8:-8]) <= 6 and 115 < coarse[:, 8:-8].mean() < 125
+    assert np.ptp(fine[:, 8:-8]) >= 34 and 95 < fine[:, 8:-8].mean() < 105
+
+
+def test_shares_of_a_box_and_of_what_is_around():
+    rng, sizes = np.random.default_rng(0), []
+    for _ in range(300):
+        shares = clip_heads.drawn_shares(16, rng)
+        assert shares.shape == (3, 16, 16) and 0 <= shares.min() <= shares.max() <= 1
+        boxes = [band != band[0, 0] for band in shares]
+        assert all((box == boxes[0]).all() for box in boxes)
+        sizes.append(np.mean(boxes[0]))
+    assert min(sizes) == 0 and max(sizes) > 0.6 and 0.1 < np.mean(sizes) < 0.5
+
+
+def test_captions_of_a_mixed_picture_tell_of_both(tokenizer):
+    module = clip_heads.make_module(clip_heads.Options(data=(), size=16), tokenizer)
+    pictures = np.stack([np.full((16, 16, 3), x, np.uint8) for x in (0, 200)])
+    item = pictures, np.stack([facts("photo"), facts("pencil")])
+    styles, rng = clip_heads.VALUES["style"], np.random.default_rng(0)
+    plain = clip_heads.make_transform(tokenizer, module, 0.0)(item, rng)
+    assert plain["shares"].tolist() == [1, 0] and (plain["facts"] == item[1][0]).all()
+    make = clip_heads.make_transform(tokenizer, module, 0.0, 1.0)
+    some = [make(item, rng) for _ in range(200)]
+    assert all((one["facts"] == item[1]).all() for one in some)
+    np.testing.assert_allclose([one["shares"].sum() for one in some], 1, rtol=1e-6)
+    of_pencil = [one["claims"][0] == styles.index("pencil") for one in some]
+    assert 0.3 < np.mean(of_pencil) < 0.6  # of six in seven captions, half
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_attacked_pictures_raise_the_loss_and_stay_near(steps):
     image, wanted = jax.random.normal(jax.random.key(0), (2, 5, 4, 4, 3))
@@ -178,7 +237,8 @@ def test_a_short_training(tmp_path, capsys):
     anchors = nada_losses.anchors(judge, "a person", "a face")
     assert np.isfinite(anchors["direction"]).all()
     # It goes on from these towers, on pictures that deceive them.
-    more = ["--weights", str(out), "--adversary", "0.5", "--lr", "0", "--out"]
+    more = ["--weights", str(out), "--adversary", "0.5", "--lr", "0", "--mix", "0.5"]
+    more += ["--out"]
     clip_heads.main([*args.split(), *more, str(tmp_path / "more"), "--mesh-data", "1"])
     own, same = (weights.load(tmp_path / n)[1]["clip"] for n in ("run", "more"))
     jax.tree.map(np.testing.assert_array_equal, own, same)
@@ -192,6 +252,7 @@ def test_a_short_training(tmp_path, capsys):
         (["--data", str(tmp_path)], "heads.jsonl cannot be read"),
         (["--held-out", "1"], "must be at least 2"),
         (["--adversary", "-1"], "--adversary is -1"),
+        (["--mix", "2"], "--mix is 2"),
         (["--weights", str(out), "--width", "64"], "of the same sizes"),
         (["--weights", str(out / "model")], "of the same sizes"),
     ):
@@ -203,8 +264,11 @@ def test_a_short_training(tmp_path, capsys):
 def test_the_folder_it_asks_for(tmp_path):
     heads = save_heads(tmp_path / "heads")
     source = clip_heads.Heads([heads], 4)
-    picture, true = source[1]
-    assert picture.shape == (16, 16, 3) and said(true)["style"] == "pencil"
+    (pictures, true), (_, first) = source[1], source[0]
+    assert pictures.shape == (2, 16, 16, 3)
+    assert [said(row)["style"] for row in true] == ["pencil", "photo"]
+    assert said(first[0])["style"] == "photo"
+    np.testing.assert_array_equal(pictures[1], source[0][0][0])
     assert len(source) == 16 and len(clip_heads.Heads([heads], 4, train=False)) == 8
     (heads / "heads.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="heads.jsonl cannot be read"):
