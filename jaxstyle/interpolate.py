@@ -139,7 +139,12 @@ def end_code(text: str, options: Options, style: Style) -> tuple[np.ndarray, str
         images.to_array(crop),
         style.generator,
         style.base,
-        encoder=choose_encoder(options.encoder, style.base_name, style.generator),
+        encoder=choose_encoder(
+            options.encoder,
+            style.base_name,
+            style.generator,
+            given(options, ("steps",)),
+        ),
         search=for_photos(search, style.base_name),
         seed=options.seed,
         cache=epath.Path(options.out).parent / epath.Path(text).stem,

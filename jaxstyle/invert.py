@@ -91,9 +91,9 @@ class Search:
     three quarters of the steps."""
     pull: float | None = None
     """Weight of the squared distances, in standard deviations, of the code from the
-    average one (w, w_plus) and of the rows from their common code (w_plus, z_plus).
-    Less resembles the photo more, more takes a style better. None: what the model
-    recommends, else 0.5."""
+    average one (w, w_plus) and of the rows from their common code (w_plus, z_plus); of
+    a search that begins with an encoder's code both from there. Less resembles the
+    photo more, more takes a style better. None: what the model recommends, else 0.5."""
     mse: float = 1.0
     """Weight of the squared pixel differences beside LPIPS."""
     lpips: str = "lpips_alexnet"
@@ -148,13 +148,10 @@ def for_lpips(pictures: Array) -> Array:
 
 def _codes(point: Params, frozen: Params, space: str, noise: Array | float) -> Array:
     """The code that a search point stands for, in `space`."""
-    if space.startswith("z"):
-        z = point["base"] + noise
-        return z if space == "z" else z[:, None] + point["rows"]
-    w = frozen["w_avg"] + frozen["sigma"] * (point["base"] + noise)
-    if space == "w":
-        return w
-    return w[:, None] + frozen["sigma"] * point["rows"]
+    code = point["base"] + noise
+    if space.endswith("plus"):
+        code = code[:, None] + point["rows"]
+    return code if space[0] == "z" else frozen["origin"] + frozen["sigma"] * code
 
 
 def _draw(generator: Generator, params: Params, codes: Array, space: str):
@@ -225,7 +222,7 @@ def _step(point, moments, frozen, step, *, generator, judge, space):
 
 @partial(jax.jit, static_argnames=("generator", "judge", "space"))
 def _start(frozen, *, generator, judge, space):
-    """Where the searches begin: the average code, or in z the best of some draws."""
+    """Where the searches begin: in w at the origin, in z at the best of some draws."""
     n = frozen["targets"].shape[0]
     point = {}
     if space.endswith("plus"):
@@ -240,14 +237,6 @@ def _start(frozen, *, generator, judge, space):
 
     z = jax.random.normal(frozen["key"], (CANDIDATES, generator.z_dim))
     return point | {"base": z[jnp.argmin(jax.lax.map(score, z), 0)]}
-
-
-@jax.jit
-def _start_at(frozen: Params, w_plus: Array) -> dict[str, Array]:
-    """The search point of codes [n, num_ws, w_dim]: the mean row, and what is left."""
-    codes = (w_plus - frozen["w_avg"]) / frozen["sigma"]
-    base = jnp.mean(codes, 1)
-    return {"base": base, "rows": codes - base[:, None]}
 
 
 @partial(jax.jit, static_argnames=("generator", "space"))
@@ -286,8 +275,9 @@ def optimize(
         devices, so is the search.
       search: space, steps and weights.
       key: of the noise on the code, and of the first draws in z.
-      start: codes to begin with, w_plus [n, num_ws, w_dim], all rows moving from the
-        first step on; None: the average code, or in z the best of some draws.
+      start: codes to begin with and to be pulled to, w_plus [n, num_ws, w_dim], all
+        rows moving from the first step on; None: the average code, or in z the best of
+        some draws.
       snapshots: keep about this many codes of the way, for an animation.
       progress: show a bar with the mean loss.
 
@@ -312,6 +302,8 @@ def optimize(
             f"targets have shape {list(targets.shape)}; this generator draws "
             f"[n, {size}, {size}, 3]"
         )
+    if start is not None:
+        generator.check_codes(start, "w_plus")
     targets = jnp.asarray(targets, jnp.float32)
     if search.pull is None:
         search = dataclasses.replace(search, pull=PULL)
@@ -324,7 +316,7 @@ def optimize(
         "lpips": judge_params,
         "targets": targets,
         "features": features,
-        "w_avg": w_avg,
+        "origin": w_avg if start is None else jnp.asarray(start, jnp.float32),
         "sigma": sigma,
         "key": key,
         # As data, not constants: other values need no new compilation.
@@ -332,18 +324,18 @@ def optimize(
         | {"rows_from": np.float32(ROWS_FROM if start is None else 0)},
     }
     static = {"generator": generator, "space": search.space}
-    if start is None:
-        point = _start(frozen, judge=judge, **static)
-    else:
-        point = _start_at(frozen, generator.check_codes(start, "w_plus"))
+    point = _start(frozen, judge=judge, **static)
     moments = optax.scale_by_adam().init(point)
     if isinstance(targets.sharding, NamedSharding):
         # Codes go where their pictures are.
         mesh, split = targets.sharding.mesh, P(*targets.sharding.spec[:1])
-        point, moments = jax.tree.map(
-            lambda x: jax.device_put(x, NamedSharding(mesh, split if x.ndim else P())),
-            (point, moments),
-        )
+
+        def spread(x):
+            return jax.device_put(x, NamedSharding(mesh, split if x.ndim else P()))
+
+        point, moments = jax.tree.map(spread, (point, moments))
+        if start is not None:
+            frozen["origin"] = spread(frozen["origin"])
     kept, every = [], max(1, search.steps // max(1, snapshots))
     with tqdm(total=search.steps, desc="compile", disable=not progress) as bar:
         for step in range(search.steps):
@@ -412,7 +404,7 @@ def invert(
             search, space="w_plus", steps=refine, search_noise=0.0
         )
     model, judge_params = weights.load(search.lpips)
-    pictures = resize(jnp.asarray(pictures, jnp.float32), generator.size)
+    pictures = pipeline.as_read(pictures, generator.size)
     # Even batches, the last one filled up: one compilation.
     n = len(pictures)
     batch = -(-n // -(-n // batch))

@@ -238,6 +238,16 @@ def resize(pictures: Array, size: int) -> Array:
     return jax.image.resize(pictures, (n, size, size, channels), "linear")
 
 
+def as_read(pictures: Array, size: int) -> Array:
+    """Pictures [n, h, h, 3] at `size` as `images.to_array` would read them: Lanczos."""
+    pictures = jnp.asarray(pictures, jnp.float32)
+    n, height, width, channels = pictures.shape
+    if (height, width) == (size, size):
+        return pictures
+    shape = (n, size, size, channels)
+    return jnp.clip(jax.image.resize(pictures, shape, "lanczos3"), -1, 1)
+
+
 @partial(jax.jit, static_argnames=("generator", "space", "noise"))
 def _forward(generator, params, codes, keys, space, noise):
     return generator.apply(

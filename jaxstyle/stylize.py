@@ -351,7 +351,7 @@ def _loaded(where: str, written: float, generator: Generator, network: str) -> E
 
 
 def choose_encoder(
-    encoder: str, base_name: str, generator: Generator
+    encoder: str, base_name: str, generator: Generator, flags: Sequence[str] = ()
 ) -> Literal["optimize"] | Encoder:
     """The encoder to use: as given, or what the base holds or names in its metadata.
 
@@ -359,10 +359,11 @@ def choose_encoder(
       encoder: `optimize`, a folder, `w_plus` for the base's second one, or empty.
       base_name: the base's folder.
       generator: the base.
+      flags: options of a search that were given.
 
     Raises:
       UserError: `w_plus`, and the base has none; a folder without an encoder, or with
-        one for another generator.
+        one for another generator; an encoder, and options of a search.
     """
     network = "encoder"
     if encoder == "w_plus":
@@ -373,8 +374,23 @@ def choose_encoder(
         encoder = config["metadata"].get("encoder", own)
     if encoder == "optimize":
         return encoder
+    if flags:
+        raise UserError(
+            f"{', '.join(flags)}: of a search, but the encoder {encoder} needs one "
+            "pass; leave them out, or search with --encoder optimize"
+        )
     written = (weights.resolve(encoder) / "config.json").stat().mtime
     return _loaded(str(encoder), written, generator, network)
+
+
+def encoder_of(
+    options: Options, base_name: str, generator: Generator
+) -> Literal["optimize"] | Encoder:
+    """What finds the codes of the photos of a command; see `choose_encoder`."""
+    # LPIPS judges the tuning too, and --style PICTURE may be searched for.
+    flags = [flag for flag in given(options, ("search",)) if flag != "--lpips"]
+    searched = () if options.style else flags
+    return choose_encoder(options.encoder, base_name, generator, searched)
 
 
 def photo_code(
@@ -516,9 +532,7 @@ def draw(
                 crop,
                 style.generator,
                 style.base,
-                encoder=choose_encoder(
-                    options.encoder, style.base_name, style.generator
-                ),
+                encoder=encoder_of(options, style.base_name, style.generator),
                 search=for_photos(options.search, style.base_name),
                 seed=options.seed,
                 cache=stem.parent / name,
@@ -602,7 +616,7 @@ def draw_overview(options: Options, names: Sequence[str]) -> None:
             images.to_array(crop),
             generator,
             params,
-            encoder=choose_encoder(options.encoder, name, generator),
+            encoder=encoder_of(options, name, generator),
             search=for_photos(options.search, name),
             seed=options.seed,
             cache=path.parent / options.photo.stem,
@@ -649,13 +663,6 @@ def check_used(options: Options) -> None:
     Raises:
       UserError: naming them.
     """
-    # LPIPS judges the tuning too, and --style PICTURE may be searched for.
-    flags = [flag for flag in given(options, ("search",)) if flag != "--lpips"]
-    if options.encoder not in ("", "optimize") and flags and not options.style:
-        raise UserError(
-            f"--encoder {options.encoder} needs one pass, no search; leave out "
-            f"{', '.join(flags)}"
-        )
     if not options.overview:
         return
     without = (
@@ -719,13 +726,17 @@ def main(args: list[str] | None = None) -> None:
         return draw_overview(options, names)
     photos = images.image_files(options.photo)
     styles = chosen_styles(options, names)
+    finders = set()
     for style in styles:
         layer_shares(style, options.intensity, options.layers)
         resolved(options.tuning, style.base_name)
+        encoder = encoder_of(options, style.base_name, style.generator)
+        finders.add("optimize" if encoder == "optimize" else str(encoder.where))
     newest = "" if options.weights else " (the newest finished run)"
     bases = ", ".join(sorted({s.base_name for s in styles if s.exemplar is None}))
     origin = f", finetuned from {bases}" if bases else ""
-    print(f"weights: {', '.join(names)}{newest}{origin}", flush=True)
+    found = ", ".join(sorted(finders))
+    print(f"weights: {', '.join(names)}{newest}{origin}; encoder: {found}", flush=True)
     size = max(CROP_SIZE, *(s.generator.size for s in styles))
     done = 0
     for path, name in zip(photos, images.file_names(photos), strict=True):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from jaxstyle import weights
 from jaxstyle.errors import UserError
 from jaxstyle.invert import for_lpips, photo_distance
-from jaxstyle.pipeline import resize
+from jaxstyle.pipeline import as_read
 from jaxstyle.stylegan2 import Generator, Params
 
 
@@ -128,7 +128,7 @@ def tune(
     bar = tqdm(total=len(codes) * options.tune, desc="tune", disable=not progress)
     with bar:
         for photo, code in zip(photos, codes, strict=True):
-            target = resize(jnp.asarray(photo, jnp.float32)[None], generator.size)
+            target = as_read(photo[None], generator.size)
             frozen = {
                 "rest": rest,
                 "code": jnp.asarray(code, jnp.float32)[None],

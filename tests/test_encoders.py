@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import convert
 from convert import pt
 from convert.encoder import encoder_state, official_type
+from jaxstyle import pipeline, weights
 from jaxstyle.encoders import (
     BackboneWEncoder,
     BackboneWPlusEncoder,
@@ -24,6 +26,7 @@ from jaxstyle.encoders import (
     refine,
     resize_corners,
 )
+from jaxstyle.encoding import encode_pictures, load_encoder
 from jaxstyle.errors import UserError
 from tests.filled import (
     GOLDEN,
@@ -33,6 +36,7 @@ from tests.filled import (
     golden,
     relative_error,
 )
+from train.measures import all_distances, describe, own_nearer
 
 BOUND = 5e-5
 AVERAGE = 0.3 * draw("golden-v1", "latent_avg", (512,))
@@ -468,3 +472,29 @@ def test_refuses_what_does_not_fit(key):
         module.apply({"params": module.init_params(key=key)}, jnp.zeros((1, 64, 64, 3)))
     with pytest.raises(UserError, match=r"level_rows \(3, 7\)"):
         GradualStyleEncoder(**SMALL).init_params(key=key)
+
+
+@pytest.mark.parametrize("name", ["heads_e4e", "heads_z_plus"])
+def test_what_ships_inverts_the_embedded_model(name):
+    """Each of eight drawn heads is found again, nearer than the average head is."""
+    generator, params = pipeline.load_generator("heads")
+    metadata = weights.read_config("heads")["metadata"]
+    assert name in (metadata["encoder"], metadata["z_plus_encoder"])
+    judge = weights.load("lpips_alexnet")[1]["lpips"]
+    z = pipeline.seed_codes(range(8), generator.z_dim)
+    heads, _ = generator.apply({"params": params}, z, psi=0.7)
+    codes = encode_pictures(
+        load_encoder(name, generator), generator, params, heads, batch=8
+    )
+    found = pipeline.pictures(generator, params, codes)
+    average = jnp.broadcast_to(params["w_avg"], codes.shape)
+    average = pipeline.pictures(generator, params, average)
+    wanted = describe(judge, heads)
+    own, plain = (
+        np.asarray(all_distances(judge, describe(judge, x), wanted))
+        for x in (found, average)
+    )
+    assert own_nearer(own) == 1
+    assert np.diagonal(own).mean() < 0.35 * np.diagonal(plain).mean()
+    size = sum(f.stat().st_size for f in Path(weights.resolve(name)).rglob("*"))
+    assert size < 2.5e6

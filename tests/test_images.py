@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxstyle import images
+from jaxstyle import images, pipeline
 from jaxstyle.errors import UserError, cli, one_line
 
 
@@ -158,6 +158,15 @@ def test_to_array_crops_to_a_square_and_resizes():
     wide.paste("black", (0, 0, 10, 20))
     array = images.to_array(wide, 10)
     np.testing.assert_array_equal(array, np.ones((10, 10, 3), np.float32))
+
+
+@pytest.mark.parametrize("size", [16, 40, 96])
+def test_arrays_shrink_as_files_that_are_read(size):
+    # PIL rounds to whole grey values, twice, and cuts twice what overshoots.
+    values = np.random.default_rng(0).integers(70, 185, (10, 10, 3), np.uint8)
+    image = Image.fromarray(values).resize((64, 64), Image.Resampling.NEAREST)
+    found = pipeline.as_read(images.to_array(image)[None], size)[0]
+    np.testing.assert_allclose(found, images.to_array(image, size), atol=2.5 / 127.5)
 
 
 def test_folder_in_natural_order(tmp_path):

@@ -16,6 +16,7 @@ from jaxstyle.features.lpips import LPIPS
 from jaxstyle.invert import Search
 from jaxstyle.stylegan2 import Generator
 from tests.small_models import save_base, save_encoder
+from train import sharding
 
 GENERATOR = Generator(32, channels=(16, 16, 16, 8), mapping_depth=2, z_dim=8, w_dim=8)
 JUDGE = LPIPS()
@@ -81,6 +82,20 @@ def test_each_picture_is_searched_alone(setting):
     # The same command again gives the same bits.
     again = search_for(setting, targets[1:2], "w_plus", 12)["w_plus"]
     assert (alone == again).all()
+
+
+@pytest.mark.slow
+def test_beginnings_are_split_as_their_pictures(setting):
+    params, _, targets = setting
+    start = params["w_avg"] + 0.1 * jax.random.normal(jax.random.key(5), (2, 8, 8))
+    here = search_for(setting, targets[:2], "w_plus", 6, start=start)["w_plus"]
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    spread = jax.device_put(targets[:2], sharding.batch_sharding(mesh, 1))
+    with jax.set_mesh(mesh):
+        there = search_for(setting, spread, "w_plus", 6, start=start)["w_plus"]
+    assert len(there.sharding.device_set) == 2
+    assert not there.sharding.is_fully_replicated
+    np.testing.assert_allclose(there, here, atol=2e-3)
 
 
 def test_rows_stay_together_for_the_first_third(setting):
@@ -262,6 +277,10 @@ def test_a_search_that_begins_with_the_encoders_code(tmp_path, folders):
         return np.square(drawn - np.stack(targets)).mean((1, 2, 3))
 
     assert np.all(error(found["w_plus"]) < error(start["w_plus"]))
+    # The pull is to that code, not to the average one.
+    pulled = ["--refine", "12", "--pull", "1e4"]
+    near = run(folders, "photos", "photo", tmp_path / "near", *pulled)
+    assert np.abs(near["w_plus"] - start["w_plus"]).max() < 0.1 * moved.max()
 
 
 def test_command_mixes_and_edits(tmp_path, folders):

@@ -162,10 +162,12 @@ def test_random_noise_follows_the_seed(base, folder, code):
     assert np.abs(draw(1) - draw(2)).max() > 0.1
 
 
-def test_one_photo(art, photo, tmp_path, capsys):
+def test_one_photo(base, art, photo, tmp_path, capsys):
     out = tmp_path / "out"
     run(photo, "--weights", art, "--out", out)
-    assert capsys.readouterr().out.splitlines()[-1] == str(out / "me-art.png")
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"; encoder: {base}")
+    assert last == str(out / "me-art.png")
     assert images.open_image(out / "me-art.png").size == (16, 16)
     assert images.open_image(out / "me-face.png").size == (256, 256)
     codes = list(out.glob("me-*.npz"))
@@ -357,7 +359,9 @@ def test_options_that_cannot_be(art, photo, tmp_path, capsys):
         (["--lr-color", "0.1", "--no-align-style"], "--lr-color, --no-align-style"),
         (["--tune-lr", "0.1"], "--tune-lr is 0.1"),
         (["--encoder", "base", "--steps", "5", "--pull", "2"], "--steps, --pull"),
-        (["--encoder", "base", "--lpips", "vgg", "--mse", "2"], "leave out --mse"),
+        (["--encoder", "base", "--lpips", "vgg", "--mse", "2"], "--mse: of a search"),
+        # The encoder that lies with the base.
+        (["--mse", "2"], "search with --encoder optimize"),
     ],
 )
 def test_options_without_effect(art, photo, capsys, flags, unused):

@@ -52,7 +52,7 @@ def stylise(python, folder, **environment):
         **environment,
     )
     run(
-        [python, "-m", "jaxstyle.stylize", examples / "photo.jpg", "--steps", "3"]
+        [python, "-m", "jaxstyle.stylize", examples / "photo.jpg"]
         + ["--weights", folder / "run", "--out", folder / "out.png"],
         folder,
         **environment,

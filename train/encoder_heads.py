@@ -53,6 +53,7 @@ SMALL = (
     *("--lr", "0.001"),
 )
 STYLES = ("photo", "pencil", "cel")  # paint is for the table of train.evaluate
+SIZE = 64
 YAW = 30
 FACTORS = (4, 8)
 
@@ -62,25 +63,25 @@ class Task(NamedTuple):
 
     Attributes:
       task: its published name.
-      folder: of the inputs, among those of the drawn heads.
+      folder: of the inputs that are measured, in OUT.
       flags: of the training, beside those that all have.
       factors: of super-resolution.
-      wanted: style of the pictures wanted.
+      wanted: folder of the pictures wanted.
     """
 
     task: str
-    folder: str = "photo"
+    folder: str = "held/photo"
     flags: tuple[str, ...] = ()
     factors: tuple[int, ...] = ()
-    wanted: str = "photo"
+    wanted: str = "held/photo"
 
 
 TASKS = {
     "inversion": Task("ffhq_encode"),
-    "sketch": Task("celebs_sketch_to_face", "pencil"),
+    "sketch": Task("celebs_sketch_to_face", "held/pencil"),
     "labels": Task(
         "celebs_seg_to_face",
-        "labels",
+        "held/labels",
         ("--classes", str(len(LABELS)), "--nearest-labels"),
     ),
     "super_resolution": Task(
@@ -88,8 +89,8 @@ TASKS = {
         flags=("--factors", *map(str, (1, 2, *FACTORS))),
         factors=FACTORS,
     ),
-    "frontal": Task("ffhq_frontalize", "turned"),
-    "toonify": Task("toonify", wanted="cel"),
+    "frontal": Task("ffhq_frontalize", "turned/photo", wanted="ahead/photo"),
+    "toonify": Task("toonify", wanted="held/cel"),
 }
 INVERTERS = ("e4e", "z_plus")
 
@@ -128,17 +129,25 @@ class Options:
 
 
 def draw_heads(options: Options) -> None:
-    """The heads in OUT/data, OUT/held and, the same turned, OUT/turned."""
+    """The heads in OUT/data, and others, held out.
+
+    Of these OUT/large is for the inverters, the others for the tasks, in their own
+    pose, turned and looking ahead: small as those of the training, as the lines of a
+    drawing are some pixels wide at any size.
+    """
     workers = ("--workers", str(options.workers))
-    styles = ("--styles", ",".join(STYLES), *workers)
-    held = ("--n", str(options.n), "--seed", "1", "--size", str(CROP_SIZE))
+    styles, small = ("--styles", ",".join(STYLES)), ("--size", str(SIZE))
+    held = ("--n", str(options.n), "--seed", "1")
+    large = ("--size", str(CROP_SIZE), "--styles", ",".join((*STYLES, "paint")))
     for name, flags in (
-        ("data", ("--n", str(options.heads), "--seed", "5", "--size", "64", *styles)),
-        ("held", (*held, "--styles", ",".join((*STYLES, "paint")), *workers)),
-        ("turned", (*held, "--yaw", str(YAW))),
+        ("data", ("--n", str(options.heads), "--seed", "5", *small, *styles)),
+        ("held", (*held, *small, *styles)),
+        ("turned", (*held, *small, "--yaw", str(YAW))),
+        ("ahead", (*held, *small, "--frontal")),
+        ("large", (*held, *large)),
     ):
         if not (folder := options.out / name).exists():
-            commands.run(["-m", "train.heads", str(folder), *flags])
+            commands.run(["-m", "train.heads", str(folder), *flags, *workers])
 
 
 def run_of(options: Options, name: str) -> str:
@@ -160,12 +169,12 @@ def command_of(options: Options, name: str) -> list[str]:
     common += ["--steps", str(steps), *SMALL]
     if name in TASKS:
         task = TASKS[name]
-        toons = task.wanted == "cel"
+        toons = task.wanted == "held/cel"
         source = run_of(options, "toons") if toons else options.weights
         command = ["-m", "train.psp", "--task", task.task, "--weights", source]
         command += ["--data", str(data / "photo")]
-        if task.folder in ("pencil", "labels"):
-            command += ["--source", str(data / task.folder)]
+        if (kind := Path(task.folder).name) != "photo":
+            command += ["--source", str(data / kind)]
         return [*command, *task.flags, *common]
     common += ["--weights", options.weights, "--data", str(data / "photo")]
     if name == "z_plus":
@@ -179,7 +188,7 @@ def command_of(options: Options, name: str) -> list[str]:
 
 def train(options: Options, name: str) -> None:
     """Train an encoder, unless that is done."""
-    if name in TASKS and TASKS[name].wanted == "cel":
+    if name in TASKS and TASKS[name].wanted == "held/cel":
         train(options, "toons")
     command = command_of(options, name)
     print(f"{name}: python {shlex.join(command)}", flush=True)
@@ -208,10 +217,8 @@ def pictures_of(folder: Path, n: int, size: int) -> np.ndarray:
 
 def read_inputs(options: Options, task: Task, encoder: Any) -> list[Any]:
     """The held-out heads as the encoder of a task takes them, head by head."""
-    held = options.out / "held"
-    turned = task.folder == "turned"
-    folder = options.out / "turned" / "photo" if turned else held / task.folder
-    paths = [epath.Path(folder / f"{i:05d}.png") for i in range(options.n)]
+    folder = epath.Path(options.out / task.folder)
+    paths = [folder / f"{i:05d}.png" for i in range(options.n)]
     reading = Reading(
         encoder.inputs,
         encoder.module.size,
@@ -237,7 +244,7 @@ def measure(options: Options, name: str, judge: Any) -> list[dict]:
     encoder = load_encoder(run, generator)
     items = read_inputs(options, task, encoder)
     size = generator.size
-    wanted = pictures_of(options.out / "held" / task.wanted, options.n, size)
+    wanted = pictures_of(options.out / task.wanted, options.n, size)
     average = np.broadcast_to(params["w_avg"], (1, generator.num_ws, generator.w_dim))
     average = np.clip(pipeline.pictures(generator, params, average), -1, 1)
     average = np.repeat(average, options.n, 0)
@@ -293,9 +300,10 @@ def compare_inverters(options: Options, names: Sequence[str]) -> str:
     for name in names:
         ways += [run_of(options, name), f"{run_of(options, name)}+50"]
     command = ["-m", "train.evaluate", "--weights", options.weights]
-    command += ["--heads", str(options.out / "held")]
-    command += ["--n", str(options.n), "--steps", str(long), "--methods", "default"]
-    command += ["--styles", "cel,pencil,paint", "--inverters", ",".join(ways)]
+    command += ["--heads", str(options.out / "large")]
+    command += ["--n", str(options.n), "--steps", str(long), "--methods"]
+    command += ["default-untuned", "--styles", "cel,pencil,paint"]
+    command += ["--inverters", ",".join(ways)]
     commands.run([*command, "--seed", str(options.seed), "--out", str(out)])
     return (out / "table.md").read_text()
 

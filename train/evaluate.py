@@ -76,11 +76,11 @@ from PIL import Image
 
 from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
-from jaxstyle.encoding import CROP_SIZE
+from jaxstyle.encoding import CROP_SIZE, load_encoder
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
 from jaxstyle.invert import Search, for_photos
-from jaxstyle.options import parse
+from jaxstyle.options import given, parse
 from jaxstyle.stylegan2 import Params, interpolate_features
 from jaxstyle.tune import TuneOptions, moved, resolved, tune
 from train import commands, inverters, style_classifier
@@ -212,10 +212,12 @@ class Options:
     """Truncation of the heads' codes there, towards 0."""
     inverters: str = ""
     """Ways to find a photo's code to compare, with commas."""
+    encoder: str = "optimize"
+    """Finds the heads' codes: an encoder's folder, or `optimize`, a search."""
     space: str = "w_plus"
-    """Where the photos are inverted: w_plus or w."""
+    """Where it searches: w_plus or w."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--inversion-steps"])] = 300
-    """Steps of the inversion."""
+    """Its steps."""
     tuning: Annotated[TuneOptions, tyro.conf.OmitArgPrefixes] = TuneOptions()
     extra: str = ""
     """More options for every training: --extra="--dtype bfloat16"."""
@@ -608,7 +610,8 @@ def compare_inverters(
     images.write_bytes(options.out / "inverters.json", text.encode())
     shown = [i for i in options.sheet_heads if i < len(heads.photos)]
     cells = [x[i] for i in shown for x in (heads.photos, *drawn)]
-    sheet = images.grid(cells, 1 + len(names), column_labels=["photo", *names])
+    labels = ["photo", *(Path(name).name for name in names)]
+    sheet = images.grid(cells, 1 + len(names), column_labels=labels)
     images.save_image(options.out / "inverters.jpg", sheet)
     return records
 
@@ -654,6 +657,7 @@ def evaluate(options: Options) -> list[dict]:
     identity = judges.choose("identity", options.identity_net)
     folder = draw_heads(options)
     photos = read(folder / "photo", options, generator.size)
+    large = read(folder / "photo", options, CROP_SIZE)
     styles = [load_style(options, n, folder, generator.size, judge) for n in names]
     records, drawn = ceilings(photos, styles, judge, identity), []
     naming = classifier(options, methods)
@@ -664,11 +668,13 @@ def evaluate(options: Options) -> list[dict]:
         ):
             if share := called(naming, pictures, name):
                 print(f"{name}: {share['called']:.0%} of the drawn are called so")
-    search = Search(space=options.space, steps=options.steps)
-    how = inverters.Inverter(for_photos(search, options.weights))
-    codes = inverters.invert_photos(
-        options.out, options.seed, generator, base, photos, how
-    )
+    if options.encoder == "optimize":
+        search = Search(space=options.space, steps=options.steps)
+        how = inverters.Inverter(for_photos(search, options.weights))
+    else:
+        how = inverters.Inverter(encoder=load_encoder(options.encoder, generator))
+    heads = inverters.Heads(generator, base, photos, large)
+    codes = inverters.invert_photos(options.out, options.seed, heads, how)
     plain = pipeline.pictures(generator, base, codes["w_plus"])
     own = {False: faces(identity, plain)}
     tuning, bases = resolved(options.tuning, options.weights), []
@@ -694,12 +700,11 @@ def evaluate(options: Options) -> list[dict]:
     records += means(records)
     text = table(records)
     seconds = codes["seconds"] / options.n
-    text += f"\nInversion: {seconds:.1f} s a photo ({options.steps} steps).\n"
+    by = options.encoder if how.encoder else f"{options.steps} steps"
+    text += f"\nInversion: {seconds:.2f} s a photo ({by}).\n"
     if bases:
         text += f"Tuning: {tuning.tune} steps a photo, rate {tuning.tune_lr:g}.\n"
     if options.inverters:
-        large = read(folder / "photo", options, CROP_SIZE)
-        heads = inverters.Heads(generator, base, photos, large)
         found = compare_inverters(options, heads, styles, methods, judge, identity)
         text += "\n" + inverters.table(found)
     mean = {r["method"]: r for r in records if r["style_name"] == "mean"}
@@ -765,12 +770,17 @@ def main(args: list[str] | None = None) -> None:
         raise UserError(f"--n is {options.n}; identity needs at least 2 heads")
     shown = options.sheet_heads
     if not 0 <= min(shown, default=-1) < options.n:
-        given = " ".join(map(str, shown))
-        raise UserError(f"--sheet-heads is {given!r}; give numbers from 0, below --n")
+        text = " ".join(map(str, shown))
+        raise UserError(f"--sheet-heads is {text!r}; give numbers from 0, below --n")
     if min(options.sweep_values, default=-1) < 0:
-        given = " ".join(f"{v:g}" for v in options.sweep_values)
+        text = " ".join(f"{v:g}" for v in options.sweep_values)
         raise UserError(
-            f"--sweep-values is {given!r}; give numbers that are not negative"
+            f"--sweep-values is {text!r}; give numbers that are not negative"
+        )
+    if options.encoder != "optimize" and (flags := given(options, ("space", "steps"))):
+        raise UserError(
+            f"{', '.join(flags)}: of a search, but --encoder is {options.encoder}; "
+            "leave them or it out"
         )
     check_dual(options)
     evaluate(options)

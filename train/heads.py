@@ -53,6 +53,8 @@ class Options:
     """Names the series of heads."""
     first: int = 0
     """Index of the first head in the series."""
+    frontal: bool = False
+    """Heads look straight ahead, whatever their own pose."""
     yaw: float = 0.0
     """Turn every head by this many degrees, on top of its own pose."""
     pitch: float = 0.0
@@ -94,6 +96,8 @@ def check(options: Options) -> tuple[str, ...]:
 def draw(mesh, options: Options, styles, index: int):
     """One head: its line for `heads.jsonl`, pictures by style, labels [size, size]."""
     head = heads_params.sample(mesh, options.seed, index)
+    if options.frontal:
+        head = dataclasses.replace(head, yaw=0.0, pitch=0.0)
     pictures, points, labels = {}, {}, None
     for style in dict.fromkeys(("photo", *styles)):
         if style not in styles and labels is not None:

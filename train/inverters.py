@@ -61,10 +61,25 @@ def parse(text: str, generator) -> Inverter | None:
     return Inverter(Search(), load_encoder(folder, generator), int(steps or 0))
 
 
-def invert_photos(
-    folder: Path, seed: int, generator, params, photos: np.ndarray, how: Inverter
-) -> dict:
+class Heads(NamedTuple):
+    """The photos to invert, on a model.
+
+    Attributes:
+      generator, base: the model.
+      photos: [n, size, size, 3].
+      large: the same as encoders read them, [n, 256, 256, 3].
+    """
+
+    generator: Generator
+    base: Params
+    photos: np.ndarray
+    large: np.ndarray
+
+
+def invert_photos(folder: Path, seed: int, heads: Heads, how: Inverter) -> dict:
     """Codes of the photos, kept in a folder, and the seconds that they took."""
+    generator, params = heads.generator, heads.base
+    photos = heads.photos if how.encoder is None else heads.large
     encoder = how.encoder and weights.digest(how.encoder.params)
     said = (weights.digest(params), how.search, encoder, how.refine, seed)
     name = hashlib.sha256(repr((said, photos.tobytes())).encode()).hexdigest()[:16]
@@ -87,21 +102,6 @@ def invert_photos(
         pipeline.write_codes(path, w_plus=found["w_plus"], seconds=seconds)
     with np.load(path) as file:
         return {"w_plus": file["w_plus"], "seconds": float(file["seconds"])}
-
-
-class Heads(NamedTuple):
-    """The photos to invert, on a model.
-
-    Attributes:
-      generator, base: the model.
-      photos: [n, size, size, 3].
-      large: the same as encoders read them, [n, 256, 256, 3].
-    """
-
-    generator: Generator
-    base: Params
-    photos: np.ndarray
-    large: np.ndarray
 
 
 def compare(
@@ -128,7 +128,7 @@ def compare(
       seed: of the searches.
       truth: LPIPS of the stylised codes [n, num_ws, w_dim] to the truth, if known.
     """
-    generator, base, photos, large = heads
+    generator, base, photos, _ = heads
     target, own = describe(judge, photos), faces(identity, photos)
     records, drawn = [], []
     for name in names:
@@ -137,8 +137,7 @@ def compare(
             shape = len(photos), generator.num_ws, generator.w_dim
             codes = {"w_plus": np.broadcast_to(base["w_avg"], shape), "seconds": 0.0}
         else:
-            seen = photos if how.encoder is None else large
-            codes = invert_photos(folder, seed, generator, base, seen, how)
+            codes = invert_photos(folder, seed, heads, how)
         plain = pipeline.pictures(generator, base, codes["w_plus"])
         distances = np.asarray(all_distances(judge, describe(judge, plain), target))
         record = {

@@ -72,8 +72,10 @@ def test_tasks_are_measured_against_the_average_head(tmp_path, monkeypatch, caps
     rng = np.random.default_rng(0)
     for kind in ("photo", "pencil", "cel", "labels"):
         save_heads(tmp_path / "held", kind, 3, rng)
-    save_heads(tmp_path / "turned", "photo", 3, rng)
-    (tmp_path / "data").mkdir()
+    for pose in ("turned", "ahead"):
+        save_heads(tmp_path / pose, "photo", 3, rng)
+    for drawn in ("data", "large"):
+        (tmp_path / drawn).mkdir()
     monkeypatch.setattr(commands, "run", train_nothing)
     args = ["--out", tmp_path, "--weights", base, "--n", 3, "--only"]
     encoder_heads.main([str(a) for a in [*args, "sketch,labels,super_resolution"]])

@@ -216,19 +216,20 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
             images.save_image(tmp_path / "heads" / kind / f"{j:05d}.png", picture)
     for kind in ("pencil", "paint"):
         (tmp_path / "heads" / kind).symlink_to(tmp_path / "heads" / "cel")
-    args = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2, "--steps", 2]
-    args += ["--styles", "cel", "--methods", "default,default-half,default-untuned"]
-    args += ["--tune", 2, "--tune-lr", 0.01]
+    common = ["--weights", base, "--heads", tmp_path / "heads", "--n", 2]
+    common += ["--styles", "cel", "--tune", 2, "--tune-lr", 0.01]
+    common += ["--out", tmp_path / "out", "--sheet-heads", 1, 5]
+    args = ["--methods", "default,default-half,default-untuned", "--steps", 2]
     judge = ArcFace(16, units=(1, 1), channels=(4, 8), se_ratio=2, width=8)
     judge_params = {"identity": judge.init_params(key=jax.random.key(0))}
     weights.save(tmp_path / "judge", {"identity": judge}, judge_params)
-    args += ["--sweep", "id-lambda", "--sweep-values", 0.5, "--sheet-heads", 1, 5]
+    args += ["--sweep", "id-lambda", "--sweep-values", 0.5]
     args += ["--identity-net", tmp_path / "judge", "--sheet-to", tmp_path / "grid.jpg"]
     extra = f"--steps 2 --inversion mean --identity-net {tmp_path / 'judge'}"
-    args += [f"--extra={extra}", "--out", tmp_path / "out"]
+    common += [f"--extra={extra}"]
     encoder = small_models.save_encoder(tmp_path / "encoder")
     args += ["--inverters", f"w-3,mean,{encoder},{encoder}+2"]
-    evaluate.main([str(a) for a in args])
+    evaluate.main([str(a) for a in [*common, *args]])
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out/inverters.json").read_text())
     searched, mean, *encoded = (r["lpips"] for r in found)
@@ -261,6 +262,13 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "grid.jpg").read_bytes() == (
         tmp_path / "out/sheet.jpg"
     ).read_bytes()
+    # The codes of an encoder are others, and its name is said.
+    args = ["--methods", "default", "--encoder", encoder]
+    evaluate.main([str(a) for a in [*common, *args]])
+    assert f"s a photo ({encoder})" in capsys.readouterr().out
+    records = json.loads((tmp_path / "out/table.json").read_text())
+    again = {(r["style_name"], r["method"]): r for r in records}
+    assert again["cel", "inversion"]["lpips"] != by_name["cel", "inversion"]["lpips"]
 
 
 def test_inverters_by_name(tmp_path):
@@ -316,6 +324,7 @@ def test_wrong_options_are_named(tmp_path, capsys):
     for args, message in (
         ([], "--methods holds dual, which needs --dual"),
         (["--dual", "heads"], "--dual heads holds no DualStyleGAN"),
+        (["--encoder", "heads_e4e", "--space", "w"], "--space: of a search, but"),
     ):
         with pytest.raises(SystemExit):
             evaluate.main(["--methods", "default,dual", *args])

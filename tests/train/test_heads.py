@@ -91,6 +91,22 @@ def test_turning_moves_the_nose(tmp_path):
 
 
 @needs_data
+def test_frontal_heads_look_straight_ahead():
+    mesh = heads_mesh.load(heads_mesh.data_folder())
+    off = []
+    for frontal in (False, True):
+        options = heads.Options(out=None, size=64, frontal=frontal)
+        drawn = [heads.draw(mesh, options, ("photo",), i)[0] for i in range(3)]
+        points = np.array([head["landmarks"]["photo"] for head in drawn])
+        # The tip of the nose between the outer corners of the eyes.
+        eyes = points[:, [36, 45]]
+        along = points[:, 30] - eyes.mean(1)
+        width = eyes[:, 1] - eyes[:, 0]
+        off.append(np.abs((along * width).sum(1) / np.square(width).sum(1)).max())
+    assert off[1] < 0.03 < 0.1 < off[0]
+
+
+@needs_data
 def test_a_picture_is_the_ffhq_crop_of_its_landmarks():
     mesh = heads_mesh.load(heads_mesh.data_folder())
     head = heads.heads_params.sample(mesh, 2, 3)
