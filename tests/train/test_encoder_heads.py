@@ -23,6 +23,8 @@ def test_every_command_is_one_that_its_scheme_takes(tmp_path):
         if name == "toons":
             continue
         found = scheme.resolve(found)
+        steps = encoder_heads.INVERTERS.get(name, options.task_steps)
+        assert found.run.steps == steps
         if name in encoder_heads.TASKS:
             assert found.task == encoder_heads.TASKS[name].task
             toons = found.common.weights == str(tmp_path / "toons")

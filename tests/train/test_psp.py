@@ -242,7 +242,12 @@ def test_decoder_is_updated_in_the_layout_of_the_original():
 
 def test_norm_of_codes_equals_the_original():
     expected = golden("encoder_misc")
+    whole = draw("golden-v1", "wnorm", (3, 18, 512))
     codes = expected["wn_latent_first2"]
+    np.testing.assert_allclose(whole[:, :2, :8], codes, atol=1e-6)
+    np.testing.assert_allclose(
+        np.mean(psp.w_norm(whole)), expected["wn_no_avg"], rtol=1e-6
+    )
     average = np.float32(1.0)
     norm = psp.w_norm(codes, average)
     by_hand = np.sqrt(np.sum(np.square(codes - average), (1, 2)))
