@@ -228,12 +228,13 @@ def test_a_small_table(tmp_path, capsys, monkeypatch):
     extra = f"--steps 2 --inversion mean --identity-net {tmp_path / 'judge'}"
     common += [f"--extra={extra}"]
     encoder = small_models.save_encoder(tmp_path / "encoder")
-    args += ["--inverters", f"w-3,mean,{encoder},{encoder}+2"]
+    restyle = small_models.save_encoder(tmp_path / "restyle", 6)
+    args += ["--inverters", f"w-3,mean,{encoder},{encoder}+2,{restyle}"]
     evaluate.main([str(a) for a in [*common, *args]])
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out/inverters.json").read_text())
     searched, mean, *encoded = (r["lpips"] for r in found)
-    assert len({searched, mean, *encoded}) == 4
+    assert len({searched, mean, *encoded}) == 5
     assert found[0]["truth"] != found[1]["truth"] and found[1]["seconds"] == 0
     assert f"| {encoder}+2 | " in printed
     assert images.open_image(tmp_path / "out/inverters.jpg").width > 5 * 16
