@@ -39,6 +39,7 @@ import numpy as np
 from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
 from jaxstyle.dualstylegan import style_weights
+from jaxstyle.encoding import CROP_SIZE
 from jaxstyle.errors import UserError, cli
 from jaxstyle.options import parse
 from train import commands
@@ -102,15 +103,19 @@ def steps(options: Options, count: int) -> list[str]:
 
 
 def draw_heads(options: Options) -> None:
-    """The portraits and the faces."""
-    for name, count, style in (
-        ("portraits", options.portraits, STYLE),
-        ("photos", options.photos, "photo"),
+    """The portraits, large as the drawings they are measured against, and the faces.
+
+    Lines are some pixels wide at any size: drawings of 64 px have other ones.
+    """
+    for name, count, size, style in (
+        ("portraits", options.portraits, CROP_SIZE, STYLE),
+        ("photos", options.photos, 64, "photo"),
     ):
         if not (folder := options.out / name).exists():
             command = ["-m", "train.heads", str(folder), "--n", str(count)]
-            command += ["--size", "64", "--styles", style, "--seed", str(SEEDS[name])]
-            commands.run([*command, "--workers", str(options.workers)])
+            command += ["--size", str(size), "--styles", style]
+            command += ["--seed", str(SEEDS[name]), "--workers", str(options.workers)]
+            commands.run(command)
 
 
 def command_of(options: Options, stage: str) -> list[str]:
