@@ -23,15 +23,16 @@ pictures through `shown` on their way to the discriminator, and after its update
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from jax import Array, lax
 
 from jaxstyle.errors import UserError
+from pallas_ops.adjoint import linear_pair
 
 VARIANTS = ("published", "paper")
 TARGET, LENGTH, EVERY = 0.6, 500_000, 8
@@ -179,29 +180,35 @@ def draw_color(key: Array, p: Array) -> Array:
 # Application
 
 
-def _filter(
-    x: Array, taps: np.ndarray, axis: int, *, up: int, down: int, pad: tuple[int, int]
-) -> Array:
-    """Zero-insert, pad or crop, correlate with taps and thin out along one axis."""
-    channels = x.shape[-1]
-    spread = [1, 1]
-    spread[axis - 1] = len(taps)
-    weight = jnp.asarray(taps, x.dtype).reshape(*spread, 1, 1)
-    ends = [(0, 0), (0, 0)]
-    ends[axis - 1] = (pad[0], pad[1] + up - 1)
+def _finer(x: Array, axis: int) -> Array:
+    """Twice the samples along an axis, by the filter; there are zeros beyond."""
+    pads, size = [(0, 0)] * x.ndim, x.shape[axis]
+    pads[axis] = (TAPS // 4, TAPS // 4)
+    padded = jnp.pad(x, pads)
 
-    def along(factor):
-        return tuple(factor if i == axis - 1 else 1 for i in range(2))
+    def every_other(first):
+        taps = SYM6[::-1][first::2]
+        places = range(first, first + len(taps))
+        parts = (lax.slice_in_dim(padded, i, i + size, axis=axis) for i in places)
+        return sum(tap * part for tap, part in zip(taps, parts, strict=True))
 
-    return lax.conv_general_dilated(
-        x,
-        jnp.broadcast_to(weight, (*spread, 1, channels)),
-        along(down),
-        ends,
-        lhs_dilation=along(up),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=channels,
-    )
+    both = jnp.stack([every_other(0), every_other(1)], axis + 1)
+    return both.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+
+def _coarser(x: Array, axis: int) -> Array:
+    """Every other sample along an axis, filtered: the transpose of `_finer`."""
+    pads, size = [(0, 0)] * x.ndim, x.shape[axis]
+    pads[axis] = (TAPS // 2 - 1, TAPS // 2)
+    padded = jnp.pad(x, pads)
+    parts = (lax.slice_in_dim(padded, i, i + size, 2, axis) for i in range(TAPS))
+    return sum(tap * part for tap, part in zip(SYM6, parts, strict=True))
+
+
+UP_DOWN = {
+    axis: linear_pair(partial(_finer, axis=axis), partial(_coarser, axis=axis))
+    for axis in (1, 2)
+}
 
 
 def _mirrored(at: Array, size: int) -> Array:
@@ -244,8 +251,7 @@ def apply_affine(images: Array, inverse: Array, *, margin: int | None = None) ->
     ends = (margin, margin)
     x = jnp.pad(images, ((0, 0), ends, ends, (0, 0)), mode="reflect")
     for axis in (2, 1):
-        taps = np.array(SYM6[::-1])
-        x = _filter(x, taps, axis, up=2, down=1, pad=(TAPS // 2, TAPS // 2 - 1))
+        x = UP_DOWN[axis][0](x)
     # Centres of the new pixels, those of the surroundings included, from the middle.
     count = 2 * (size + 2 * EDGE)
     place = jnp.arange(count) + 0.5 - count / 2
@@ -258,9 +264,8 @@ def apply_affine(images: Array, inverse: Array, *, margin: int | None = None) ->
     moved = 2 * moved - 0.5 + x.shape[1] / 2 - 0.5
     x = jax.vmap(_bilinear)(x, moved[:, 0], moved[:, 1])
     for axis in (2, 1):
-        pad = 1 - 2 * EDGE + TAPS // 2 - 2
-        x = _filter(x, np.array(SYM6), axis, up=1, down=2, pad=(pad, pad))
-    return x
+        x = UP_DOWN[axis][1](x)
+    return x[:, EDGE:-EDGE, EDGE:-EDGE]
 
 
 def apply_color(images: Array, color: Array) -> Array:
