@@ -205,6 +205,7 @@ def _coarser(x: Array, axis: int) -> Array:
     return sum(tap * part for tap, part in zip(SYM6, parts, strict=True))
 
 
+# Up and down along an axis, each the other's gradient.
 UP_DOWN = {
     axis: linear_pair(partial(_finer, axis=axis), partial(_coarser, axis=axis))
     for axis in (1, 2)
@@ -251,7 +252,8 @@ def apply_affine(images: Array, inverse: Array, *, margin: int | None = None) ->
     ends = (margin, margin)
     x = jnp.pad(images, ((0, 0), ends, ends, (0, 0)), mode="reflect")
     for axis in (2, 1):
-        x = UP_DOWN[axis][0](x)
+        up, _ = UP_DOWN[axis]
+        x = up(x)
     # Centres of the new pixels, those of the surroundings included, from the middle.
     count = 2 * (size + 2 * EDGE)
     place = jnp.arange(count) + 0.5 - count / 2
@@ -264,7 +266,8 @@ def apply_affine(images: Array, inverse: Array, *, margin: int | None = None) ->
     moved = 2 * moved - 0.5 + x.shape[1] / 2 - 0.5
     x = jax.vmap(_bilinear)(x, moved[:, 0], moved[:, 1])
     for axis in (2, 1):
-        x = UP_DOWN[axis][1](x)
+        _, down = UP_DOWN[axis]
+        x = down(x)
     return x[:, EDGE:-EDGE, EDGE:-EDGE]
 
 

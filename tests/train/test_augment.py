@@ -128,6 +128,23 @@ def test_gradients_of_any_order(images):
     assert abs(slope(1.0) - numeric) < 0.02 * abs(numeric)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_the_filters_are_each_others_gradients(axis):
+    up, down = augment.UP_DOWN[axis]
+    x = jax.random.normal(jax.random.key(0), (2, 10, 10, 3))
+    y = jax.random.normal(jax.random.key(1), up(x).shape)
+    assert y.shape[axis] == 20 and down(y).shape == x.shape
+    np.testing.assert_allclose(jnp.sum(up(x) * y), jnp.sum(x * down(y)), rtol=1e-4)
+    # What XLA derives from the sums themselves.
+    for filtered, own, by, at in (
+        (augment._finer, up, y, x),
+        (augment._coarser, down, x, y),
+    ):
+        _, derived = jax.vjp(lambda v, f=filtered: f(v, axis), at)
+        _, given = jax.vjp(own, at)
+        np.testing.assert_allclose(given(by)[0], derived(by)[0], atol=1e-5)
+
+
 def test_in_a_scheme():
     """The options decide; p is part of the state and moves by its own rule."""
     images, logits = jnp.ones((2, 8, 8, 3)), jnp.ones((4, 1))
