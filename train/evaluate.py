@@ -32,10 +32,10 @@ such heads and takes the layers up to 16 px from the base (Pinkney & Adler 2020,
 2010.05334). For the last two and for the classifier, --teachers are drawn, other heads
 than those that are measured.
 
-The methods `default` draw with generators tuned to each photo as `stylize` does, by
-what the weights recommend or by --tune (see `jaxstyle.tune`); `default-untuned` and the
-others draw with one for all. The line `tuned inversion` has the tuned ones in no style;
-`same face` of tuned methods is in comparison with it.
+The methods `default` and `dual` draw with generators tuned to each photo as `stylize`
+does, by what the weights recommend or by --tune (see `jaxstyle.tune`); `-untuned` and
+the others draw with one for all. The line `tuned inversion` has the tuned ones in no
+style; `same face` of tuned methods is in comparison with it.
 
 `dual` takes the reference as a new exemplar of the DualStyleGAN style `--dual`, whose
 portraits are of `--dual-style`; `dual-refined` refines its code, `dual-stored` draws
@@ -81,7 +81,7 @@ from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
 from jaxstyle.invert import Search, for_photos
 from jaxstyle.options import given, parse
-from jaxstyle.stylegan2 import Params, interpolate_features
+from jaxstyle.stylegan2 import Generator, Params, interpolate_features
 from jaxstyle.tune import TuneOptions, moved, resolved, tune
 from train import commands, inverters, style_classifier
 from train.measures import (
@@ -169,9 +169,10 @@ METHODS = {
         scheme="finetune",
         swap=16,
     ),
-    "dual": Method(scheme="dual"),
-    "dual-refined": Method(scheme="dual", refine=100),
-    "dual-stored": Method(scheme="dual", stored=True),
+    "dual": Method(scheme="dual", tuned=True),
+    "dual-untuned": Method(scheme="dual"),
+    "dual-refined": Method(scheme="dual", refine=100, tuned=True),
+    "dual-stored": Method(scheme="dual", stored=True, tuned=True),
 }
 RIVALS = ("inversion", "colour transfer", "reference")
 TUNED = "tuned inversion"
@@ -543,6 +544,31 @@ def dual_exemplar(
     return next(iter(found.values()))
 
 
+def in_exemplar(
+    exemplar: dual_style.Exemplar,
+    generator: Generator,
+    base: Params,
+    codes: np.ndarray,
+    bases: Sequence[Params] = (),
+) -> np.ndarray:
+    """Pictures [n, size, size, 3] of codes in an exemplar's style.
+
+    Args:
+      exemplar: with one code, or one for each of the codes.
+      generator, base: the model.
+      codes: w_plus [n, num_ws, w_dim].
+      bases: for each code the base tuned to its photo; empty: `base` for all.
+    """
+    if not bases:
+        return dual_style.pictures(exemplar, generator, base, codes)
+    others = np.broadcast_to(np.asarray(exemplar.code), codes.shape)
+    drawn = [
+        dual_style.pictures(exemplar._replace(code=other), generator, own, code)
+        for other, own, code in zip(others[:, None], bases, codes[:, None], strict=True)
+    ]
+    return np.concatenate(drawn)
+
+
 def drawn_by(
     options: Options, generator, base, codes, plain, style, methods, bases=()
 ) -> dict:
@@ -568,7 +594,8 @@ def drawn_by(
         if method.scheme == "dual":
             if style.name == options.dual_style:
                 exemplar = dual_exemplar(options, method, style, len(codes))
-                pictures = dual_style.pictures(exemplar, generator, base, codes)
+                own = bases if method.tuned else ()
+                pictures = in_exemplar(exemplar, generator, base, codes, own)
                 rows[name] = (pictures, {})
             continue
         if method.scheme != "jojo" and style.name not in WORDS:

@@ -310,6 +310,13 @@ def test_exemplars_in_the_table(tmp_path, quick_compile):
     rows = {(r["style_name"], r["method"]): r for r in rows}
     for name in ("dual", "dual-stored"):
         assert rows["cel", name]["lpips"] == rows["cel", "inversion"]["lpips"]
+    # Of generators tuned to the photos, but where the method says not.
+    again += ["--tune", "2", "--methods", "dual,dual-untuned,dual-stored"]
+    evaluate.main([str(a) for a in again])
+    rows = json.loads((tmp_path / "out/table.json").read_text())
+    found = {r["method"]: r["lpips"] for r in rows if r["style_name"] == "cel"}
+    assert found["dual-untuned"] == found["inversion"] != found["tuned inversion"]
+    assert found["dual"] == found["dual-stored"] == found["tuned inversion"]
 
 
 def test_wrong_options_are_named(tmp_path, capsys):
