@@ -42,7 +42,9 @@ def save_all(folder):
         ("identity", {"identity": IDENTITY}, {}),
     ):
         rng = np.random.default_rng(len(name))
-        params = {n: random_params(m, rng) for n, m in networks.items()}
+        # Codes about as large as a mapping network takes, not thousands.
+        scale = 0.4 if name == "encoder" else 1.0
+        params = {n: random_params(m, rng, scale) for n, m in networks.items()}
         weights.save(folder / name, networks, params, metadata=more)
     rng = np.random.default_rng(0)
     for i in (2, 10, 1):
@@ -80,13 +82,13 @@ def save_exemplars(folder, names=("1.png", "2.png", "10.png")):
     return str(folder)
 
 
-def random_params(module, rng):
+def random_params(module, rng, scale=1.0):
     """Normal parameters, without a program to compile; variances are positive."""
     shapes = jax.eval_shape(lambda: module.init_params(key=jax.random.key(0)))
 
     def draw(path, shape):
         values = rng.standard_normal(shape.shape, np.float32)
         positive = jax.tree_util.keystr(path).endswith("['var']")
-        return np.abs(values) + 0.5 if positive else values
+        return np.abs(values) + 0.5 if positive else scale * values
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
