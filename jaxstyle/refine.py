@@ -53,15 +53,17 @@ class Networks(NamedTuple):
       generator, dual: the style.
       perceptual: an `LPIPS`.
       features: a trunk of `choose_features`.
+      size: pixels a side at which both see pictures.
     """
 
     generator: Generator
     dual: DualStyleGAN
     perceptual: nn.Module
     features: nn.Module
+    size: int = SIZE
 
 
-def view(pictures: Array, size: int = SIZE) -> Array:
+def view(pictures: Array, size: int) -> Array:
     """Pictures [n, h, h, c] at `size`: averaged over areas, or pixels repeated."""
     n, height, width, channels = pictures.shape
     if height < size:
@@ -117,7 +119,8 @@ def anchors(networks: Networks, frozen: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       networks: see there.
-      frozen: `perceptual` and `features`, parameters; `targets` [n, SIZE, SIZE, 3].
+      frozen: `perceptual` and `features`, parameters; `targets` [n, h, h, 3], h
+        the networks' size.
     """
     return {
         "lpips": networks.perceptual.apply(
@@ -155,7 +158,7 @@ def loss(
         codes_of(point),
         noise=point["noise"],
     )
-    image = view(image)
+    image = view(image, networks.size)
     distance = networks.perceptual.apply(
         {"params": frozen["perceptual"]},
         image,
@@ -235,6 +238,7 @@ def judge_of(
     *,
     perceptual: str = "lpips_alexnet",
     perceptual_net: str = "",
+    size: int = SIZE,
 ) -> tuple[Networks, dict[str, Any]]:
     """The modules and parameters of the loss for a style.
 
@@ -242,14 +246,15 @@ def judge_of(
       model, params: of the style's folder; `generator` and `dual` are used.
       perceptual: folder of LPIPS weights.
       perceptual_net: trunk of the contextual loss; see `choose_features`.
+      size: pixels a side at which pictures are judged.
 
     Returns:
       `Networks`, and `frozen` but for `intrinsic` and `targets`.
     """
     lpips, lpips_params = weights.load(perceptual)
     trunk = choose_features(perceptual_net)
-    networks = Networks(model["generator"], model["dual"], lpips["lpips"], trunk.module)
-    return networks, {
+    modules = model["generator"], model["dual"], lpips["lpips"], trunk.module
+    return Networks(*modules, size), {
         "generator": params["generator"],
         "dual": params["dual"],
         "perceptual": lpips_params["lpips"],

@@ -319,12 +319,7 @@ def check(options: Options, generator: Generator) -> None:
             f"--color-from is {options.color_from}; it must be 0 to {generator.num_ws} "
             "(no row keeps its color)"
         )
-    size, other = options.judge_size, generator.size
-    if size < 32 or max(size, other) % min(size, other):
-        raise UserError(
-            f"--judge-size is {size}; it must be at least 32, and divide or be a "
-            f"multiple of the pictures' {other}"
-        )
+    portraits.check_size(options.judge_size, generator.size)
 
 
 def search(options: Options, mesh: Any) -> None:

@@ -38,6 +38,23 @@ RULES = (
 Step = Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
 
 
+def check_size(judge_size: int, size: int) -> None:
+    """Refuse a size of judged pictures that those drawn cannot be brought to.
+
+    Args:
+      judge_size: pixels a side.
+      size: of the generator.
+
+    Raises:
+      UserError: naming the option.
+    """
+    if judge_size < 32 or max(judge_size, size) % min(judge_size, size):
+        raise UserError(
+            f"--judge-size is {judge_size}; it must be at least 32, and divide or be a "
+            f"multiple of the pictures' {size}"
+        )
+
+
 class Parts:
     """OUT.parts: the codes of each picture in a file of its own.
 

@@ -63,6 +63,8 @@ class Options:
     perceptual_net: str = ""
     """Trunk of the contextual loss: vgg19, vgg16, alexnet or a folder; empty: VGG-19,
     or AlexNet, which ships with us."""
+    judge_size: int = refine.SIZE
+    """Pixels a side at which pictures are judged; published 256."""
     run: Shared = RunOptions(steps=100, batch=4)
 
 
@@ -107,7 +109,7 @@ def show(networks: refine.Networks, frozen: Any, given: Any, point: Any) -> Any:
         refine.codes_of(point),
         noise=point["noise"],
     )
-    return refine.view(image)
+    return refine.view(image, networks.size)
 
 
 def load(options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -144,6 +146,7 @@ def search(options: Options, mesh: Any) -> None:
     run = options.run
     sharding.check_batch(run.batch, mesh)
     style, params, metadata = load(options)
+    portraits.check_size(options.judge_size, style["generator"].size)
     table, module = params["exemplars"], style["exemplars"]
     files = [place(options.data) / name for name in module.names]
     if missing := [f.name for f in files if not f.is_file()]:
@@ -157,6 +160,7 @@ def search(options: Options, mesh: Any) -> None:
         params,
         perceptual=options.lpips_net,
         perceptual_net=options.perceptual_net,
+        size=options.judge_size,
     )
     find_in = partial(find, options, mesh, networks, frozen, table, files)
     if run.compile_for:
@@ -205,7 +209,7 @@ def find(
     show_fn = jax.jit(partial(show, networks))
     begin = partial(start_state, networks, options)
     frozen = portraits.place_whole(frozen, mesh)
-    image = jax.ShapeDtypeStruct((run.batch, *(refine.SIZE,) * 2, 3), "f4")
+    image = jax.ShapeDtypeStruct((run.batch, *(options.judge_size,) * 2, 3), "f4")
     codes = jax.ShapeDtypeStruct((run.batch, *shape), "f4")
     given = jax.eval_shape(know_fn, frozen, image, codes)
     state = jax.eval_shape(begin, codes)
@@ -214,7 +218,7 @@ def find(
     )
     with jax.set_mesh(mesh):
         done = len(files) - len(left)
-        for names, pictures in portraits.chunks(left, run.batch, refine.SIZE):
+        for names, pictures in portraits.chunks(left, run.batch, options.judge_size):
             began = time.perf_counter()
             rows = [files.index(f) for f in names]
             rows = jnp.array(rows + rows[-1:] * (run.batch - len(rows)))

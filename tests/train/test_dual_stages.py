@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstyle import weights
+from jaxstyle import images, weights
 from jaxstyle.dualstylegan import STRUCTURE_ROWS, style_weights
 from jaxstyle.errors import UserError
 from tests import dual_models
@@ -244,14 +244,11 @@ def test_the_pipeline_from_portraits_to_a_style(folder, tmp_path, quick_compile)
             *flags,
             "--out",
             str(style),
-            "--steps",
-            "2",
-            "--batch",
-            "2",
-            "--mesh-data",
-            "1",
+            *"--steps 2 --batch 2 --judge-size 64 --mesh-data 1".split(),
         ]
     )
+    shown = next((tmp_path / "style.parts" / "pictures").iterdir())
+    assert images.open_image(shown).height == 64
     model, params = weights.load(style)
     assert set(model) == {"generator", "dual", "exemplars", "encoder"}
     assert model.exemplars.codes == ("extrinsic", "refined", "intrinsic")

@@ -117,3 +117,11 @@ def test_batches_are_filled_and_broken_pictures_left_out(folder, capsys):
     assert names == files[:2] and len(x) == 4
     with pytest.raises(UserError, match=r"10\.png"):
         list(portraits.chunks(files[2:], 2, 32))
+
+
+def test_a_size_that_pictures_can_be_brought_to():
+    for size in (32, 64, 128, 256):
+        portraits.check_size(size, 64)
+    for size in (16, 96, 0):
+        with pytest.raises(UserError, match=f"--judge-size is {size}; .*pictures' 64"):
+            portraits.check_size(size, 64)

@@ -56,7 +56,7 @@ SEARCHES = {
     "--encoder {dual}/encoder --data {dual}/pictures --identity-net {dual}/identity "
     "--judge-size 64",
     "refine_exstyle": "--weights {dual}/style --data {dual}/pictures --batch 4 "
-    "--perceptual-net alexnet",
+    "--perceptual-net alexnet --judge-size 64",
 }
 # How far the first step's numbers may be apart, beside rounding: of a gradient's norm
 # (penalties), and of what is near 0.
