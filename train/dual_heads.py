@@ -25,7 +25,8 @@ the pictures of one face lie apart under different exemplars, and how much struc
 weights and color weights change of shape (LPIPS of grey pictures of equal mean and
 spread) and of color (mean difference of the coarse chroma). OUT holds weights.md.
 
-The batch is not the published 32: these heads are 64 px, and the set is simple.
+The batch is not the published 32: these heads are 64 px, and the set is simple. Stage 3
+has half the published rate, ADA at hand, and smaller λ_ID and λ_reg: else D wins early.
 `--scale` multiplies the steps of all trainings.
 """
 
@@ -72,9 +73,9 @@ class Options:
     """Faces."""
     n: int = 20
     """Held-out heads of the table."""
-    id_lambda: float = 1.0
+    id_lambda: float = 0.1
     """λ_ID of stage 3."""
-    reg_lambda: float = 0.01
+    reg_lambda: float = 0.003
     """λ_reg of stage 3."""
     judge_size: int = 128
     """Pixels a side at which pictures are judged; published 256."""
@@ -86,7 +87,10 @@ class Options:
     """Seed of the trainings."""
     workers: int = 2
     """Processes that draw heads."""
-    methods: str = "default,dual,dual-refined,dual-stored"
+    dual_weights: str = "0.5,0"
+    """Weights of structure and color in the table, chosen on other heads than its own;
+    the true pictures have the heads' colors."""
+    methods: str = "default,dual,dual-untuned,dual-refined,dual-stored"
     """Methods of the table, see train.evaluate."""
     heads: str = ""
     """Held-out heads, see train.evaluate; empty: drawn."""
@@ -145,13 +149,13 @@ def command_of(options: Options, stage: str) -> list[str]:
             *("-m", "train.dual_finetune", "--weights", out["pretrain"]),
             *("--exemplars", out["codes"], "--data", portraits, *adversarial),
             *("--id-lambda", str(options.id_lambda)),
-            *("--reg-lambda", str(options.reg_lambda)),
-            *(*steps(options, 600), *batch),
+            *("--reg-lambda", str(options.reg_lambda), "--lr", "0.001"),
+            *("--augment", "--ada-length", "20000", *steps(options, 1500), *batch),
         ],
         "style": [
             *("-m", "train.refine_exstyle", "--weights", out["finetune"]),
             *("--data", portraits, "--encoder", encoder_of(options)),
-            *("--lr-color", "0.1", *steps(options, 100), *batch),
+            *("--lr-color", "0.1", *size, *steps(options, 100), *batch),
         ],
         "sampler": [
             *("-m", "train.dual_sampler", "--weights", out["style"]),
@@ -181,6 +185,7 @@ def measure_command(options: Options) -> list[str]:
     out = options.out
     command = ["-m", "train.evaluate", "--weights", options.weights]
     command += ["--dual", str(out / "style"), "--dual-style", STYLE]
+    command += ["--dual-weights", options.dual_weights]
     command += ["--styles", STYLE, "--methods", options.methods, "--n", str(options.n)]
     command += ["--heads", options.heads] if options.heads else []
     return [*command, "--seed", str(options.seed), "--out", str(out / "evaluate")]

@@ -36,7 +36,7 @@ def test_every_stage_is_a_command_that_its_scheme_takes(tmp_path):
         assert flag == "-m" and found[stage].run.out == str(tmp_path / stage)
         assert found[stage].run.steps == round(
             0.01
-            * {"tuned": 400, "codes": 200, "pretrain": 1200, "finetune": 600}.get(
+            * {"tuned": 400, "codes": 200, "pretrain": 1200, "finetune": 1500}.get(
                 stage, 100 if stage == "style" else 300
             )
         )
@@ -46,9 +46,12 @@ def test_every_stage_is_a_command_that_its_scheme_takes(tmp_path):
     assert found["finetune"].weights == found["pretrain"].run.out
     assert found["style"].weights == found["finetune"].run.out
     assert found["style"].encoder == "some/encoder"
+    sizes = {found["codes"].judge_size, found["style"].judge_size}
+    assert sizes == {options.judge_size} == {found["finetune"].adversarial.judge_size}
     args = dual_heads.measure_command(options)[2:]
     table = cli.parse_options(evaluate.Options, "", evaluate.__doc__, args)
     assert set(table.methods.split(",")) <= set(evaluate.METHODS)
+    assert table.dual_weights == options.dual_weights
 
 
 def pictures(n, seed=0):
