@@ -24,7 +24,9 @@ which follows this CLIP from pleasing it by changes that nobody would call a dra
 `--adversary` trains on pictures that are changed so as to deceive it (Madry et al.,
 arXiv 1706.06083), after which its gradients point to what a person sees (Santurkar et
 al., arXiv 1906.09453). `--mix` adds pictures between two styles, of which captions are
-true in part, so that what is left of the photo counts against the drawing.
+true in part, so that what is left of the photo counts against the drawing; `--turn`
+turns hues, so that no tint is a style. `--weights clip_heads` goes on from the model in
+the package.
 
 OUT/model holds the towers in half precision. In metrics.jsonl: `style`, the share of
 held-out pictures whose style is named rightly among five; `words`, the same for age,
@@ -54,6 +56,7 @@ from jaxstyle.features.clip import CLIP, normalise
 from train import data, loop, optim, sharding
 from train.cli import RunOptions, Shared, parse, start, with_out
 from train.heads_params import HAIR
+from train.heads_render import LABELS
 from train.state import TrainState, create_state
 
 # What captions say of a head, and in which words.
@@ -80,6 +83,14 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "skin": {"dark": ("dark skin",), "pale": ("pale skin",)},
 }
 ANYBODY = ("person", "face", "head")
+# Parts of a head that --mix takes from one style or the other.
+GROUPS = (
+    ("background",),
+    ("skin", "ears", "neck"),
+    ("eyes", "brows", "lips", "mouth"),
+    ("hair", "beard"),
+    ("clothes",),
+)
 VALUES = {name: tuple(values) for name, values in WORDS.items()}
 # Where train.nada puts the names of styles.
 TEMPLATES = (
@@ -111,7 +122,8 @@ class Options:
     data: tuple[Path, ...]
     """Folders that `train.heads` wrote with --format npy, in any styles."""
     weights: str = ""
-    """A run of this scheme to go on from, of the same sizes; empty: random towers."""
+    """A run of this scheme, or a model that one has written (clip_heads ships), of the
+    same sizes, to go on from; empty: random towers."""
     run: Shared = RunOptions(
         steps=2000, batch=64, log_every=20, sample_every=0, save_every=100
     )
@@ -134,9 +146,12 @@ class Options:
     noise: float = 0.15
     """Highest deviation of the noise on the pictures, which are in [-1, 1]."""
     mix: float = 0.0
-    """Share of the pictures that are mixed of two styles of one head, by color, coarse
-    and fine brightness and by place; a caption is as true of one as its style has a
-    share in it."""
+    """Share of the pictures that are mixed of two styles of one head, half of them of
+    its photo and another, by color, coarse and fine brightness and by place (a box, or
+    parts of the head); a caption is as true of one as its style has a share in it."""
+    turn: float = 0.0
+    """Share of the pictures whose hues are turned; nothing is said of the colors of
+    their hair and skin. Against a model that likes tints which no picture has."""
     adversary: float = 0.0
     """Greatest change (L2 norm, of pictures in [-1, 1]) that is made to each picture so
     as to raise the loss, before the towers learn from it; 0: none. 3 is 3.5 levels of
@@ -297,10 +312,11 @@ def needed_share(values: int) -> float:
 
 
 class Heads(Sequence):
-    """Pictures uint8 [n, size, size, 3] of a head and their facts [n, len(WORDS)].
+    """Pictures uint8 [n, size, size, 3] of a head, their facts [n, len(WORDS)], labels.
 
     The first are the item's own, whose style changes from item to item; the others are
-    the same head in its folder's other styles.
+    the same head in its folder's other styles. Labels uint8 [size, size] tell the part
+    of the head (places in `train.heads_render.LABELS`).
 
     Args:
       folders: of `train.heads`.
@@ -316,23 +332,30 @@ class Heads(Sequence):
             cut = len(true) - held_out
             some = slice(cut) if train else slice(cut, None)
             found = {}
-            for number, style in enumerate(VALUES["style"]):
-                file = Path(folder) / f"{style}.npy"
+            for name in (*VALUES["style"], "labels"):
+                file = Path(folder) / f"{name}.npy"
                 if not file.is_file():
                     continue
-                pictures = np.load(file, mmap_mode="r")
-                if len(pictures) != len(true) or cut < 1:
+                found[name] = np.load(file, mmap_mode="r")
+                if len(found[name]) != len(true) or cut < 1:
                     raise UserError(
-                        f"--data {folder} has {len(true)} heads and {len(pictures)} "
+                        f"--data {folder} has {len(true)} heads and {len(found[name])} "
                         f"pictures in {file.name}; --held-out is {held_out}: give a "
                         "folder as train.heads wrote it, with more heads than that"
                     )
-                found[number] = pictures
-            for number in found:
-                numbers = [number, *(n for n in found if n != number)]
-                of_head = [found[n] for n in numbers]
-                by_style[number] += [
-                    (of_head, numbers, i, true[i]) for i in range(len(true))[some]
+            labels = found.pop("labels", None)
+            if found and labels is None:
+                raise UserError(
+                    f"--data {folder} has no labels.npy; give a folder as train.heads "
+                    "--format npy wrote it"
+                )
+            for style in found:
+                names = [style, *(n for n in found if n != style)]
+                of_head = [found[n] for n in names]
+                numbers = [VALUES["style"].index(n) for n in names]
+                by_style[numbers[0]] += [
+                    (of_head, numbers, labels, i, true[i])
+                    for i in range(len(true))[some]
                 ]
         self.styles = [rows for rows in by_style if rows]
         if not self.styles:
@@ -346,12 +369,12 @@ class Heads(Sequence):
     def __len__(self) -> int:
         return self.longest * len(self.styles)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = self.styles[index % len(self.styles)]
-        pictures, numbers, place, true = rows[index // len(self.styles) % len(rows)]
+        pictures, numbers, labels, i, true = rows[index // len(self.styles) % len(rows)]
         all_true = np.tile(true, (len(numbers), 1))
         all_true[:, 0] = numbers
-        return np.stack([p[place] for p in pictures]), all_true
+        return np.stack([p[i] for p in pictures]), all_true, labels[i]
 
     def name(self, index: int) -> str:
         """Which picture."""
@@ -379,7 +402,9 @@ def read_facts(folder: str | Path) -> np.ndarray:
         ) from None
 
 
-def make_transform(tokenizer: Any, module: CLIP, noise: float, mix: float = 0.0):
+def make_transform(
+    tokenizer: Any, module: CLIP, noise: float, mix: float = 0.0, turn: float = 0.0
+):
     """An item of `Heads` to {image, tokens, facts, shares, claims}, at random.
 
     `facts` [2, len(WORDS)] are of the two styles that the picture is mixed of, `shares`
@@ -388,19 +413,23 @@ def make_transform(tokenizer: Any, module: CLIP, noise: float, mix: float = 0.0)
     Args:
       tokenizer: CLIP's.
       module: for its sizes.
-      noise: see `Options`.
-      mix: see `Options`.
+      noise, mix, turn: see `Options`.
     """
+    names = list(WORDS)
+    colored = [names.index(name) for name in ("hair", "skin")]
 
     def transform(item, rng):
-        pictures, facts = item
+        pictures, facts, labels = item
         picture, other, shares = pictures[0], 0, np.array([1, 0], np.float32)
         if len(pictures) > 1 and rng.random() < mix:
-            other = rng.integers(1, len(pictures))
-            bands = drawn_shares(len(picture), rng)
+            other = partner(facts[:, 0], rng)
+            bands = drawn_shares(labels, rng)
             picture = mixed(picture, pictures[other], bands)
             shares = np.array([1 - bands.mean(), bands.mean()])
         facts = facts[[0, other]]
+        if rng.random() < turn:
+            picture, facts = turned(picture, rng.uniform(0, 2 * np.pi)), facts.copy()
+            facts[:, colored] = -1
         true = facts[int(rng.random() < shares[1])]
         said = chosen(true, rng) or {"style": VALUES["style"][true[0]]}
         tokens = clip_text.tokenize(tokenizer, [caption(said, rng)], module)[0]
@@ -416,14 +445,37 @@ def make_transform(tokenizer: Any, module: CLIP, noise: float, mix: float = 0.0)
     return transform
 
 
-def drawn_shares(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Shares for `mixed`, float32 [3, side, side]: one each within and around a box."""
+def partner(styles: np.ndarray, rng: np.random.Generator) -> int:
+    """Place of the style to mix the first of some with.
+
+    Half the time the photo: a generator that draws photos is somewhere between these
+    and the style that it is sent to.
+    """
+    photos = np.flatnonzero(styles[1:] == VALUES["style"].index("photo"))
+    if len(photos) and rng.random() < 0.5:
+        return 1 + int(photos[0])
+    return int(rng.integers(1, len(styles)))
+
+
+def drawn_shares(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shares for `mixed`, float32 [3, side, side]: one each within an area and around.
+
+    The area is a box, or some parts of the head.
+
+    Args:
+      labels: of the parts, [side, side].
+      rng: draws.
+    """
     within, around = rng.random((2, 3, 1, 1), np.float32)
-    (top, left), size = rng.uniform(-0.25, 0.75, 2), rng.uniform(0.25, 1, 2)
-    places = (np.arange(side) + 0.5) / side
-    rows = (places > top) & (places < top + size[0])
-    columns = (places > left) & (places < left + size[1])
-    return np.where(rows[:, None] & columns, within, around)
+    if rng.random() < 0.5:
+        (top, left), size = rng.uniform(-0.25, 0.75, 2), rng.uniform(0.25, 1, 2)
+        places = (np.arange(len(labels)) + 0.5) / len(labels)
+        rows = (places > top) & (places < top + size[0])
+        columns = (places > left) & (places < left + size[1])
+        return np.where(rows[:, None] & columns, within, around)
+    chosen = [group for group in GROUPS if rng.random() < 0.5]
+    wanted = [LABELS.index(name) for group in chosen for name in group]
+    return np.where(np.isin(labels, wanted), within, around)
 
 
 def mixed(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -452,6 +504,27 @@ def mixed(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 
+# Brightness as Image.convert("L") weighs it.
+_LUMA = np.float32([0.299, 0.587, 0.114])
+
+
+def turned(picture: np.ndarray, angle: float) -> np.ndarray:
+    """A picture, uint8 [h, w, 3], whose hues are turned by an angle in radians.
+
+    Brightness stays: the colors turn about grey, then what that adds to the brightness
+    is taken off (what leaves 0 to 255 is cut).
+    """
+    x = picture.astype(np.float32)
+    luma = x @ _LUMA
+    color = x - luma[..., None]
+    axis = np.cross(np.eye(3), np.full(3, 3**-0.5))
+    color = color @ np.float32(
+        np.cos(angle) * np.eye(3) + np.sin(angle) * axis + (1 - np.cos(angle)) / 3
+    )
+    color -= (color @ _LUMA)[..., None]
+    return np.clip(np.rint(luma[..., None] + color), 0, 255).astype(np.uint8)
+
+
 def varied(
     picture: np.ndarray, size: int, noise: float, rng: np.random.Generator
 ) -> np.ndarray:
@@ -466,7 +539,7 @@ def varied(
     if small != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     x = images.to_array(image)
-    x = x * rng.uniform(0.6, 1.6) + rng.uniform(-0.25, 0.25)
+    x = x * rng.uniform(0.85, 1.15) + rng.uniform(-0.1, 0.1)
     x = x[:, ::-1] if rng.random() < 0.5 else x
     x = x + rng.uniform(0, noise) * rng.standard_normal(x.shape, np.float32)
     return np.ascontiguousarray(x, np.float32)
@@ -585,8 +658,8 @@ def _is_matrix(params: Any) -> Any:
 def measured(held: Sequence) -> tuple[np.ndarray, np.ndarray]:
     """Up to 1000 held-out pictures [n, size, size, 3] and their facts."""
     items = [held[i] for i in range(min(len(held), 1000))]
-    shown = [images.to_array(Image.fromarray(pictures[0])) for pictures, _ in items]
-    return np.stack(shown), np.stack([facts[0] for _, facts in items])
+    shown = [images.to_array(Image.fromarray(pictures[0])) for pictures, *_ in items]
+    return np.stack(shown), np.stack([facts[0] for _, facts, _ in items])
 
 
 def what_it_names(module: CLIP, params: Any, held: Sequence) -> dict[str, float]:
@@ -699,20 +772,28 @@ def make_module(options: Options, tokenizer: Any) -> CLIP:
 
 
 def first_params(options: Options, module: CLIP, key: Array) -> Any:
-    """Random towers, or those of `--weights`.
+    """Random towers, or those of `--weights`; words that these lack begin at random.
 
     Raises:
       UserError: these are no CLIP, or one of other sizes.
     """
+    params = module.init_params(key=key)
     if not options.weights:
-        return module.init_params(key=key)
-    model, params = weights.load(options.weights)
-    if "clip" not in model or model["clip"].clone(dtype=module.dtype) != module:
+        return params
+    model, found = weights.load(options.weights)
+    words = {"token_ids": module.token_ids, "vocab_size": module.vocab_size}
+    if (
+        "clip" not in model
+        or model["clip"].clone(dtype=module.dtype, **words) != module
+    ):
         raise UserError(
             f"--weights is {options.weights}; it must be a run of train.clip_heads of "
-            "the same sizes, with all words (not its folder `model`)"
+            "the same sizes, or the model that one has written"
         )
-    return params["clip"]
+    known = [module.token_ids.index(token) for token in model["clip"].token_ids]
+    found, table = found["clip"], params["text"]["token_embedding"]
+    table = table.at[np.array(known)].set(found["text"]["token_embedding"])
+    return found | {"text": found["text"] | {"token_embedding": table}}
 
 
 @cli
@@ -721,8 +802,9 @@ def main(args: list[str] | None = None) -> None:
     options = with_out(parse(Options, __doc__, args), "clip_heads")
     if options.held_out < 2:
         raise UserError(f"--held-out is {options.held_out}; it must be at least 2")
-    if not 0 <= options.mix <= 1:
-        raise UserError(f"--mix is {options.mix:g}; it is a share, from 0 to 1")
+    for name in ("mix", "turn"):
+        if not 0 <= (share := getattr(options, name)) <= 1:
+            raise UserError(f"--{name} is {share:g}; it is a share, from 0 to 1")
     if options.adversary < 0 or options.adversary_steps < 1:
         raise UserError(
             f"--adversary is {options.adversary:g} and --adversary-steps "
@@ -742,7 +824,9 @@ def main(args: list[str] | None = None) -> None:
         options.run.batch,
         mesh,
         seed=options.run.seed,
-        transform=make_transform(tokenizer, module, options.noise, options.mix),
+        transform=make_transform(
+            tokenizer, module, options.noise, options.mix, options.turn
+        ),
     )
     state = loop.fit(
         options,

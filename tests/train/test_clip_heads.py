@@ -144,21 +144,60 @@ def test_mixed_pictures():
     assert np.ptp(fine[:, 8:-8]) >= 34 and 95 < fine[:, 8:-8].mean() < 105
 
 
-def test_shares_of_a_box_and_of_what_is_around():
-    rng, sizes = np.random.default_rng(0), []
+def test_shares_of_an_area_and_of_what_is_around():
+    # Background above, skin, eyes below: a part each.
+    labels = np.repeat(np.repeat(np.uint8([0, 1, 3]), [6, 6, 4])[:, None], 16, 1)
+    rng, sizes, parts = np.random.default_rng(0), [], 0
     for _ in range(300):
-        shares = clip_heads.drawn_shares(16, rng)
+        shares = clip_heads.drawn_shares(labels, rng)
         assert shares.shape == (3, 16, 16) and 0 <= shares.min() <= shares.max() <= 1
-        boxes = [band != band[0, 0] for band in shares]
-        assert all((box == boxes[0]).all() for box in boxes)
-        sizes.append(np.mean(boxes[0]))
-    assert min(sizes) == 0 and max(sizes) > 0.6 and 0.1 < np.mean(sizes) < 0.5
+        areas = [band != band[0, 0] for band in shares]
+        assert all((area == areas[0]).all() for area in areas)
+        sizes.append(np.mean(areas[0]))
+        ends = areas[0][[5, 6, 11, 12]]
+        whole = (ends == ends[:, :1]).all() and len(np.unique(areas[0][:6])) == 1
+        parts += whole and (ends[1] == ends[2]).all() and areas[0].any()
+    assert min(sizes) == 0 and max(sizes) > 0.6 and 0.1 < np.mean(sizes) < 0.6
+    assert parts > 60  # those of parts that are not all or nothing
+
+
+def test_whom_a_style_is_mixed_with():
+    rng, styles = np.random.default_rng(0), np.array([3, 0, 1, 4])
+    found = np.bincount([clip_heads.partner(styles, rng) for _ in range(600)])
+    assert found[0] == 0 and 340 < found[1] < 460 and found[2:].min() > 60
+    of_photo = [clip_heads.partner(styles[[1, 0, 2]], rng) for _ in range(100)]
+    assert set(of_photo) == {1, 2}
+
+
+def test_turned_hues(tokenizer):
+    picture = np.random.default_rng(0).integers(64, 192, (8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(clip_heads.turned(picture, 0.0), picture)
+    third = clip_heads.turned(picture, 2 * np.pi / 3).astype(int)
+    luma = [np.asarray(x) @ [0.299, 0.587, 0.114] for x in (picture, third)]
+    np.testing.assert_allclose(*luma, atol=1)
+    # A third of the circle: red becomes green (or blue), but for the brightness.
+    colors = [x - x.mean(-1, keepdims=True) for x in (picture.astype(float), third)]
+    shifted = [np.roll(colors[0], shift, -1) for shift in (1, 2)]
+    assert min(np.abs(colors[1] - x).max() for x in shifted) <= 1
+    grey = np.repeat(picture[..., :1], 3, -1)
+    np.testing.assert_array_equal(clip_heads.turned(grey, 1.0), grey)
+    # Nothing is said of colors then.
+    module = clip_heads.make_module(clip_heads.Options(data=(), size=8), tokenizer)
+    item = picture[None], facts("photo")[None], np.zeros((8, 8), np.uint8)
+    made = clip_heads.make_transform(tokenizer, module, 0.0, turn=1.0)(
+        item, np.random.default_rng(0)
+    )
+    names = list(clip_heads.WORDS)
+    for kept, row in zip(made["facts"].T, item[1][0], strict=True):
+        name = names.pop(0)
+        assert (kept == (-1 if name in ("hair", "skin") else row)).all()
 
 
 def test_captions_of_a_mixed_picture_tell_of_both(tokenizer):
     module = clip_heads.make_module(clip_heads.Options(data=(), size=16), tokenizer)
     pictures = np.stack([np.full((16, 16, 3), x, np.uint8) for x in (0, 200)])
-    item = pictures, np.stack([facts("photo"), facts("pencil")])
+    labels = np.arange(256, dtype=np.uint8).reshape(16, 16) // 64
+    item = pictures, np.stack([facts("photo"), facts("pencil")]), labels
     styles, rng = clip_heads.VALUES["style"], np.random.default_rng(0)
     plain = clip_heads.make_transform(tokenizer, module, 0.0)(item, rng)
     assert plain["shares"].tolist() == [1, 0] and (plain["facts"] == item[1][0]).all()
@@ -217,13 +256,14 @@ def save_heads(folder, n=12, size=16):
         shape = n, size, size, 3
         pictures = level + rng.integers(-9, 9, shape)
         np.save(folder / f"{style}.npy", pictures.astype(np.uint8))
+    np.save(folder / "labels.npy", np.zeros(shape[:3], np.uint8))
     lines = [json.dumps(HEAD | {"male": i % 2}) for i in range(n)]
     (folder / "heads.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.mark.slow
-def test_a_short_training(tmp_path, capsys):
+def test_a_short_training(tmp_path, capsys, tokenizer):
     heads, out = save_heads(tmp_path / "heads"), tmp_path / "run"
     args = f"--data {heads} --out {out} --held-out 4 --size 16 --width 32 --batch 8"
     args += " --vision-layers 1 --text-layers 1 --steps 2 --log-every 1 --lr 1e-2"
@@ -238,10 +278,22 @@ def test_a_short_training(tmp_path, capsys):
     assert np.isfinite(anchors["direction"]).all()
     # It goes on from these towers, on pictures that deceive them.
     more = ["--weights", str(out), "--adversary", "0.5", "--lr", "0", "--mix", "0.5"]
-    more += ["--out"]
+    more += ["--turn", "0.5", "--out"]
     clip_heads.main([*args.split(), *more, str(tmp_path / "more"), "--mesh-data", "1"])
     own, same = (weights.load(tmp_path / n)[1]["clip"] for n in ("run", "more"))
     jax.tree.map(np.testing.assert_array_equal, own, same)
+    # Or from a model that has forgotten words, which begin anew.
+    few = {"data": (), "size": 16, "width": 32, "vision_layers": 1, "text_layers": 1}
+    module = clip_heads.make_module(clip_heads.Options(**few), tokenizer)
+    options = clip_heads.Options(**few, weights=str(out / "model"))
+    params = clip_heads.first_params(options, module, jax.random.key(1))
+    kept = np.isin(module.token_ids, judge.module.token_ids)
+    assert 0 < kept.sum() < len(kept)
+    table = params["text"]["token_embedding"]
+    np.testing.assert_array_equal(
+        table[kept], np.float32(judge.params["text"]["token_embedding"])
+    )
+    assert np.abs(table[~kept]).min(-1).max() > 0
     with pytest.raises(UserError, match="not learned"):
         nada_losses.anchors(judge, "a person", "a zebra")
     with pytest.raises(UserError, match="no {}"):
@@ -253,8 +305,8 @@ def test_a_short_training(tmp_path, capsys):
         (["--held-out", "1"], "must be at least 2"),
         (["--adversary", "-1"], "--adversary is -1"),
         (["--mix", "2"], "--mix is 2"),
+        (["--turn", "-1"], "--turn is -1"),
         (["--weights", str(out), "--width", "64"], "of the same sizes"),
-        (["--weights", str(out / "model")], "of the same sizes"),
     ):
         with pytest.raises(SystemExit):
             clip_heads.main([*args.split(), *wrong, "--out", str(tmp_path / "x")])
@@ -264,12 +316,15 @@ def test_a_short_training(tmp_path, capsys):
 def test_the_folder_it_asks_for(tmp_path):
     heads = save_heads(tmp_path / "heads")
     source = clip_heads.Heads([heads], 4)
-    (pictures, true), (_, first) = source[1], source[0]
-    assert pictures.shape == (2, 16, 16, 3)
+    (pictures, true, labels), (_, first, _) = source[1], source[0]
+    assert pictures.shape == (2, 16, 16, 3) and labels.shape == (16, 16)
     assert [said(row)["style"] for row in true] == ["pencil", "photo"]
     assert said(first[0])["style"] == "photo"
     np.testing.assert_array_equal(pictures[1], source[0][0][0])
     assert len(source) == 16 and len(clip_heads.Heads([heads], 4, train=False)) == 8
+    (heads / "labels.npy").unlink()
+    with pytest.raises(UserError, match="has no labels.npy"):
+        clip_heads.Heads([heads], 4)
     (heads / "heads.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="heads.jsonl cannot be read"):
         clip_heads.Heads([heads], 4)
