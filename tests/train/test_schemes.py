@@ -93,6 +93,7 @@ def material(tmp_path_factory):
     for style in ("photo", "pencil"):
         heads = rng.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
         np.save(folder / "heads" / f"{style}.npy", heads)
+    np.save(folder / "heads" / "labels.npy", heads[..., 0] // 64)
     head = {"age": 0.8, "melanin": 0.1, "hair": [0.6] * 3, "hair_line": "round"}
     head |= {"hair_length": 0.0, "beard": 0.5, "targets": {}}
     rows = [json.dumps(head | {"male": i % 2}) for i in range(12)]
