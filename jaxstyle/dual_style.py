@@ -35,6 +35,7 @@ from jaxstyle.stylegan2 import Generator, Params
 PSI = 0.75
 # Side of the pictures on the overview of a style.
 THUMB = 128
+PreserveColor = Literal["no", "code", "weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DualOptions:
     style_weights: str = "0.75,1"
     """Their weights: structure,color, or 18 numbers, one a row; smaller models read the
     first of them. 0 is the face as it is."""
-    preserve_color: Literal["no", "code", "weights"] = "no"
+    preserve_color: PreserveColor = "no"
     """Keep the face's colors: `code` gives the color transforms the face's code, as
     the published flag does; `weights` leaves them out, as color weights of 0 do."""
     blend: str = ""

@@ -39,6 +39,7 @@ import numpy as np
 
 from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
+from jaxstyle.dual_style import PreserveColor
 from jaxstyle.dualstylegan import style_weights
 from jaxstyle.encoding import CROP_SIZE
 from jaxstyle.errors import UserError, cli
@@ -87,9 +88,10 @@ class Options:
     """Seed of the trainings."""
     workers: int = 2
     """Processes that draw heads."""
-    dual_weights: str = "0.5,0"
-    """Weights of structure and color in the table, chosen on other heads than its own;
-    the true pictures have the heads' colors."""
+    dual_weights: str = "0,0,0,0.5,0.5" + 13 * ",1"
+    """Weights of the rows in the table, chosen on other heads than its own."""
+    dual_preserve_color: PreserveColor = "code"
+    """Whose colors the table has; the true pictures have the heads' own."""
     methods: str = "default,dual,dual-untuned,dual-refined,dual-stored"
     """Methods of the table, see train.evaluate."""
     heads: str = ""
@@ -186,6 +188,7 @@ def measure_command(options: Options) -> list[str]:
     command = ["-m", "train.evaluate", "--weights", options.weights]
     command += ["--dual", str(out / "style"), "--dual-style", STYLE]
     command += ["--dual-weights", options.dual_weights]
+    command += ["--dual-preserve-color", options.dual_preserve_color]
     command += ["--styles", STYLE, "--methods", options.methods, "--n", str(options.n)]
     command += ["--heads", options.heads] if options.heads else []
     return [*command, "--seed", str(options.seed), "--out", str(out / "evaluate")]

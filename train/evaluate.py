@@ -76,6 +76,7 @@ from PIL import Image
 
 from jaxstyle import dual_style, images, pipeline, weights
 from jaxstyle.cache import use_compilation_cache
+from jaxstyle.dual_style import PreserveColor
 from jaxstyle.encoding import CROP_SIZE, load_encoder
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import judges, lpips
@@ -208,7 +209,9 @@ class Options:
     dual_style: Literal["cel", "pencil", "paint"] = "cel"
     """Which style its portraits are of."""
     dual_weights: str = "1,1"
-    """Weights of its structure and its color."""
+    """Weights of its structure and its color, or of each row."""
+    dual_preserve_color: PreserveColor = "no"
+    """Keep the heads' colors, see `dual_style.DualOptions`."""
     dual_psi: float = 1.0
     """Truncation of the heads' codes there, towards 0."""
     inverters: str = ""
@@ -525,7 +528,9 @@ def dual_exemplar(
       style: its reference is a new one.
       n: heads; of stored exemplars each gets another, spread over the table.
     """
-    wanted = dual_style.DualOptions(style_weights=options.dual_weights)
+    wanted = dual_style.DualOptions(
+        style_weights=options.dual_weights, preserve_color=options.dual_preserve_color
+    )
     if method.stored:
         count = len(weights.load(options.dual)[0].exemplars.names)
         ids = np.linspace(0, count - 1, n).astype(int)

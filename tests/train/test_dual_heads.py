@@ -52,6 +52,7 @@ def test_every_stage_is_a_command_that_its_scheme_takes(tmp_path):
     table = cli.parse_options(evaluate.Options, "", evaluate.__doc__, args)
     assert set(table.methods.split(",")) <= set(evaluate.METHODS)
     assert table.dual_weights == options.dual_weights
+    assert table.dual_preserve_color == options.dual_preserve_color == "code"
 
 
 def pictures(n, seed=0):

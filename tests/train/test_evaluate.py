@@ -303,6 +303,11 @@ def test_exemplars_in_the_table(tmp_path, quick_compile):
     new, stored = rows["cel", "dual"], rows["cel", "dual-stored"]
     assert new["lpips"] != stored["lpips"] and stored["ratio"] > 0
     assert ("pencil", "dual") not in rows and ("pencil", "inversion") in rows
+    # Colors from the head's code are others.
+    evaluate.main([str(a) for a in [*args, "--dual-preserve-color", "code"]])
+    rows = json.loads((tmp_path / "out/table.json").read_text())
+    rows = {(r["style_name"], r["method"]): r for r in rows}
+    assert rows["cel", "dual"]["lpips"] != new["lpips"]
     # Weights of 0: the inversion itself.
     again = [*args, "--dual-weights", "0,0"]
     evaluate.main([str(a) for a in again])
