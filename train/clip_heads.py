@@ -25,8 +25,9 @@ which follows this CLIP from pleasing it by changes that nobody would call a dra
 arXiv 1706.06083), after which its gradients point to what a person sees (Santurkar et
 al., arXiv 1906.09453). `--mix` adds pictures between two styles, of which captions are
 true in part, so that what is left of the photo counts against the drawing; `--turn`
-turns hues, so that no tint is a style. `--weights clip_heads` goes on from the model in
-the package.
+turns hues, so that no tint is a style; `--crop` shows places of a picture, as the crops
+of `train.nada` do, so that hair and background have a style too. `--weights clip_heads`
+goes on from the model in the package.
 
 OUT/model holds the towers in half precision. In metrics.jsonl: `style`, the share of
 held-out pictures whose style is named rightly among five; `words`, the same for age,
@@ -152,6 +153,9 @@ class Options:
     turn: float = 0.0
     """Share of the pictures whose hues are turned; nothing is said of the colors of
     their hair and skin. Against a model that likes tints which no picture has."""
+    crop: float = 0.0
+    """Share of the pictures of which only a square is shown, a quarter to the whole of
+    their side; captions say nothing of it but its style."""
     adversary: float = 0.0
     """Greatest change (L2 norm, of pictures in [-1, 1]) that is made to each picture so
     as to raise the loss, before the towers learn from it; 0: none. 3 is 3.5 levels of
@@ -403,7 +407,12 @@ def read_facts(folder: str | Path) -> np.ndarray:
 
 
 def make_transform(
-    tokenizer: Any, module: CLIP, noise: float, mix: float = 0.0, turn: float = 0.0
+    tokenizer: Any,
+    module: CLIP,
+    noise: float,
+    mix: float = 0.0,
+    turn: float = 0.0,
+    crop: float = 0.0,
 ):
     """An item of `Heads` to {image, tokens, facts, shares, claims}, at random.
 
@@ -413,13 +422,19 @@ def make_transform(
     Args:
       tokenizer: CLIP's.
       module: for its sizes.
-      noise, mix, turn: see `Options`.
+      noise, mix, turn, crop: see `Options`.
     """
     names = list(WORDS)
     colored = [names.index(name) for name in ("hair", "skin")]
 
     def transform(item, rng):
         pictures, facts, labels = item
+        if rng.random() < crop:
+            top, left, side = square(len(labels), rng)
+            rows, columns = slice(top, top + side), slice(left, left + side)
+            pictures, labels = pictures[:, rows, columns], labels[rows, columns]
+            facts = facts.copy()
+            facts[:, 1:] = -1
         picture, other, shares = pictures[0], 0, np.array([1, 0], np.float32)
         if len(pictures) > 1 and rng.random() < mix:
             other = partner(facts[:, 0], rng)
@@ -443,6 +458,16 @@ def make_transform(
         }
 
     return transform
+
+
+def square(side: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    """A square in a larger one, of a quarter to the whole of its side: top, left, side.
+
+    All scales are as likely, small squares are not the most.
+    """
+    own = max(1, round(side * 4 ** -rng.random()))
+    top, left = rng.integers(0, side - own + 1, 2)
+    return int(top), int(left), own
 
 
 def partner(styles: np.ndarray, rng: np.random.Generator) -> int:
@@ -825,7 +850,12 @@ def main(args: list[str] | None = None) -> None:
         mesh,
         seed=options.run.seed,
         transform=make_transform(
-            tokenizer, module, options.noise, options.mix, options.turn
+            tokenizer,
+            module,
+            options.noise,
+            options.mix,
+            options.turn,
+            options.crop,
         ),
     )
     state = loop.fit(

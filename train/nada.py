@@ -221,7 +221,7 @@ def loss_fn(
       modules: CLIP models.
       noise: as in `Generator`.
       key: for random noise.
-      patch_key: for the patch loss.
+      patch_key: for patches and crops.
     """
     params = {**frozen["base"], "synthesis": synthesis}
     target, _ = generator.apply(
@@ -238,6 +238,7 @@ def loss_fn(
             source,
             target,
             key=patch_key,
+            size=module.image_size,
         )
         total += weight * value
         suffix = f"/{i}" if len(modules) > 1 else ""
@@ -662,13 +663,22 @@ def resolve(options: Options, size: int) -> Options:
     terms = dataclasses.asdict(options.terms)
     if not any(terms.values()):
         raise UserError("all --lambda-… are 0: there is nothing to learn from")
+    if options.terms.lambda_crop and not (
+        options.terms.lambda_direction or options.terms.lambda_global
+    ):
+        raise UserError(
+            f"--lambda-crop is {options.terms.lambda_crop}, and on crops are the "
+            "directional and the global loss, whose weights are 0: give one of them"
+        )
     if options.terms.lambda_patch and size <= nada_losses.PATCH:
         raise UserError(
             f"--lambda-patch is {options.terms.lambda_patch}; its patches have "
             f"{nada_losses.PATCH} px and the pictures {size}: leave it 0"
         )
     texts = options.choose_steps or any(
-        value for name, value in terms.items() if name != "lambda_direction"
+        value
+        for name, value in terms.items()
+        if name not in ("lambda_direction", "lambda_crop")
     )
     if texts and not options.source:
         raise UserError(

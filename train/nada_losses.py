@@ -33,6 +33,8 @@ from train.nada_text import PARTS, filled, needed, templates_of
 PATCH, SMALL_PATCH, SMALL_PATCHES = 510, 196, 4
 # Directions shorter than this count less: two equal pictures have none.
 SHORTEST = 1e-4
+# Crops of a picture, and the smallest's share of its side.
+CROPS, SMALLEST_CROP = 4, 0.25
 Anchors = Mapping[str, Array]
 
 
@@ -51,6 +53,9 @@ class Terms:
     lambda_patch: float = 0.0
     """Weight of the directional loss on patches of 510 px and parts of animals; from
     512 px on."""
+    lambda_crop: float = 0.0
+    """Weight of the directional and the global loss, by their own weights, on four
+    random squares of each picture, so that every place changes; of any size."""
 
 
 def anchors(
@@ -214,6 +219,42 @@ def patch_directional(source: Array, target: Array, parts: Array) -> Array:
     return jnp.mean((1 - fit) * jax.nn.softmax(fit, -1))
 
 
+def crop_boxes(key: Array, count: int) -> Array:
+    """Random squares within a picture, (top, left, side) as shares of it: [count, 3].
+
+    All scales from `SMALLEST_CROP` to 1 are as likely.
+    """
+    scale, top, left = jax.random.uniform(key, (3, count))
+    side = SMALLEST_CROP**scale
+    return jnp.stack([top * (1 - side), left * (1 - side), side], -1)
+
+
+def crops(images: Array, boxes: Array, size: int) -> Array:
+    """Squares of pictures, resized as CLIPstyler's (Kwon & Ye, arXiv 2112.00374).
+
+    Its `L_patch` has crops of one size, turned in perspective; these have many.
+
+    Args:
+      images: [batch, height, width, channels].
+      boxes: (top, left, side) as shares [batch * n, 3], a picture's in a row.
+      size: side of the results.
+
+    Returns:
+      [batch * n, size, size, channels], bilinear.
+    """
+    images = jnp.repeat(images, len(boxes) // len(images), 0)
+
+    def cut(image, box):
+        sides = jnp.array(image.shape[:2], image.dtype)
+        scale = (size / (box[2] * sides)).astype(image.dtype)
+        shift = (-box[:2] * sides).astype(image.dtype) * scale
+        return jax.image.scale_and_translate(
+            image, (size, size, image.shape[-1]), (0, 1), scale, shift, "linear"
+        )
+
+    return jax.vmap(cut)(images, boxes)
+
+
 def patch_similarity(
     source: Array, target: Array, part_source: Array, part_target: Array
 ) -> Array:
@@ -238,6 +279,7 @@ def loss(
     *,
     key: Array | None = None,
     centers: Array | None = None,
+    size: int | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """The weighted sum for one CLIP model.
 
@@ -247,8 +289,9 @@ def loss(
       terms: weights.
       source: pictures [batch, height, width, 3] of the frozen generator.
       target: those of the one that learns.
-      key: draws the patches' places.
-      centers: those places themselves.
+      key: draws the places of patches and crops.
+      centers: those of patches themselves.
+      size: side of the crops; None: that of the pictures.
 
     Returns:
       The loss, and its terms by name, without weights.
@@ -270,6 +313,15 @@ def loss(
         cut = [embed(patches(x, centers, PATCH)) for x in (source, target)]
         cut[0] = lax.stop_gradient(cut[0])
         found["patch"] = patch_directional(*cut, given["parts"])
+    if terms.lambda_crop:
+        boxes = crop_boxes(jax.random.fold_in(key, 1), CROPS * len(target))
+        cut = [embed(crops(x, boxes, size or x.shape[1])) for x in (source, target)]
+        found["crop"] = jnp.zeros(())
+        if terms.lambda_direction:
+            move = directional(lax.stop_gradient(cut[0]), cut[1], given["direction"])
+            found["crop"] += terms.lambda_direction * move
+        if terms.lambda_global:
+            found["crop"] += terms.lambda_global * to_text(cut[1], given["target"])
     total = sum(getattr(terms, f"lambda_{name}") * x for name, x in found.items())
     return total, found
 

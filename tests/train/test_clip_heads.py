@@ -193,6 +193,30 @@ def test_turned_hues(tokenizer):
         assert (kept == (-1 if name in ("hair", "skin") else row)).all()
 
 
+def test_of_a_crop_only_the_style_is_said(tokenizer):
+    module = clip_heads.make_module(clip_heads.Options(data=(), size=32), tokenizer)
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8), (32, 32))
+    pictures = np.repeat(np.stack([ramp, 255 - ramp])[..., None], 3, -1)
+    labels = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None] // 8, (32, 32))
+    item = pictures, np.stack([facts("photo"), facts("pencil")]), labels
+    rng = np.random.default_rng(0)
+    make = clip_heads.make_transform(tokenizer, module, 0.0, mix=0.5, crop=1.0)
+    for made in (make(item, rng) for _ in range(50)):
+        assert (made["facts"][:, 1:] == -1).all() and (made["facts"][:, 0] >= 0).all()
+        assert made["image"].shape == (32, 32, 3)
+        assert (made["claims"][1:] == -1).all() and made["claims"][0] >= 0
+    sides = []
+    for _ in range(2000):
+        top, left, side = clip_heads.square(32, rng)
+        assert min(top, left) >= 0 and max(top, left) + side <= 32
+        sides.append(side)
+    assert min(sides) == 8 and max(sides) == 32 and abs(np.median(sides) - 16) <= 1
+    # A crop of the ramp has less of it.
+    plain = clip_heads.make_transform(tokenizer, module, 0.0, crop=1.0)
+    ranges = [np.ptp(plain(item, rng)["image"].mean((0, 2))) for _ in range(50)]
+    assert min(ranges) < 0.4 * max(ranges)
+
+
 def test_captions_of_a_mixed_picture_tell_of_both(tokenizer):
     module = clip_heads.make_module(clip_heads.Options(data=(), size=16), tokenizer)
     pictures = np.stack([np.full((16, 16, 3), x, np.uint8) for x in (0, 200)])

@@ -367,6 +367,10 @@ MISTAKES = {
     "but --choose-steps chooses": "--preset dog-to-cat --phase texture".split(),
     "but --improve-shape chooses": "--preset zombie --phase shape".split(),
     "--mixing is 2": ["--preset", "sketch", "--mixing", "2"],
+    "--lambda-crop is 1.0, and on crops": [
+        *("--preset", "sketch", "--lambda-direction", "0", "--lambda-manifold", "1"),
+        *("--lambda-crop", "1"),
+    ],
     "patches have 510 px": ["--preset", "sketch", "--lambda-patch", "1"],
     "all --lambda": ["--preset", "sketch", "--lambda-direction", "0"],
     "needed beside --ref": ["--ref", "x.png", "--lambda-global", "1"],

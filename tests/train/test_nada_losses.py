@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from convert import clip as names
 from convert.report import Report
 from jaxstyle import weights
 from jaxstyle.errors import UserError
 from jaxstyle.features import clip_text
-from jaxstyle.features.clip import CLIP
+from jaxstyle.features.clip import CLIP, normalise
 from tests.clip_models import SMALL, golden_clip, test_image
 from tests.filled import GOLDEN, golden, nhwc, relative_error
 from train import nada_losses, nada_text
@@ -149,6 +150,45 @@ def test_equal_pictures_have_a_direction_to_go():
     assert value == 1
     # Downhill is where the text goes.
     np.testing.assert_allclose(-gradient / jnp.linalg.norm(gradient), wanted, atol=1e-6)
+
+
+def test_crops_are_what_pillow_cuts():
+    boxes = nada_losses.crop_boxes(jax.random.key(0), 2000)
+    top, left, side = np.asarray(boxes).T
+    assert (boxes >= 0).all() and (top + side <= 1 + 1e-6).all()
+    assert (left + side <= 1 + 1e-6).all() and abs(np.median(side) - 0.5) < 0.02
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 40, 40, 3)).astype("f4")
+    boxes = np.float32([[0.1, 0.2, 0.5], [0, 0, 1], [0.5, 0.25, 0.25], [0.3, 0, 0.7]])
+    made = nada_losses.crops(images, boxes, 16)
+    for crop, number, (top, left, side) in zip(made, (0, 0, 1, 1), boxes, strict=True):
+        edges = 40 * np.float64([left, top, left + side, top + side])
+        for channel in range(3):
+            plane = Image.fromarray(images[number, ..., channel])
+            wanted = plane.resize((16, 16), Image.Resampling.BILINEAR, tuple(edges))
+            # Pillow sees beyond the box's border, we do too.
+            np.testing.assert_allclose(crop[..., channel], wanted, atol=2e-3)
+
+
+def test_crops_have_the_other_losses():
+    rng = np.random.default_rng(0)
+    source, target = rng.uniform(-1, 1, (2, 3, 16, 16, 3)).astype("f4")
+    given = {
+        n: normalise(rng.standard_normal((1, 48))) for n in ("direction", "target")
+    }
+
+    def embed(x):
+        return normalise(x[:, ::4, ::4].reshape(len(x), -1))
+
+    def crop(direction, towards):
+        terms = Terms(direction, lambda_global=towards, lambda_crop=0.5)
+        key = jax.random.key(3)
+        total, found = nada_losses.loss(embed, given, terms, source, target, key=key)
+        rest = direction * found.get("direction", 0) + towards * found.get("global", 0)
+        np.testing.assert_allclose(total, rest + 0.5 * found["crop"], rtol=1e-6)
+        return found["crop"]
+
+    both = 2 * crop(1.0, 0.0) + 3 * crop(0.0, 1.0)
+    np.testing.assert_allclose(crop(2.0, 3.0), both, rtol=1e-5)
 
 
 def test_patches_are_cut_where_the_centers_say():
