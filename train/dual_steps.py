@@ -346,7 +346,9 @@ def path_step(
         weight = setup.options.path_regularize * setup.options.g_reg_every
         mean = mean_of(state)
         count = path_batch(setup)
-        parts = parts_of(count, setup.options.accumulate)
+        # As large as the parts of the other steps, so that they split as evenly.
+        most = -(-setup.options.accumulate // setup.options.path_batch_shrink)
+        parts = parts_of(count, most)
 
         def gradients(rows):
             codes = to_codes(rows, state, frozen)
