@@ -827,7 +827,7 @@ def main(args: list[str] | None = None) -> None:
     options = with_out(parse(Options, __doc__, args), "clip_heads")
     if options.held_out < 2:
         raise UserError(f"--held-out is {options.held_out}; it must be at least 2")
-    for name in ("mix", "turn"):
+    for name in ("mix", "turn", "crop"):
         if not 0 <= (share := getattr(options, name)) <= 1:
             raise UserError(f"--{name} is {share:g}; it is a share, from 0 to 1")
     if options.adversary < 0 or options.adversary_steps < 1:

@@ -245,9 +245,9 @@ def crops(images: Array, boxes: Array, size: int) -> Array:
     images = jnp.repeat(images, len(boxes) // len(images), 0)
 
     def cut(image, box):
-        sides = jnp.array(image.shape[:2], image.dtype)
-        scale = (size / (box[2] * sides)).astype(image.dtype)
-        shift = (-box[:2] * sides).astype(image.dtype) * scale
+        sides = jnp.array(image.shape[:2], box.dtype)
+        scale = size / (box[2] * sides)
+        shift = -box[:2] * sides * scale
         return jax.image.scale_and_translate(
             image, (size, size, image.shape[-1]), (0, 1), scale, shift, "linear"
         )

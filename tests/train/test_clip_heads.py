@@ -330,6 +330,7 @@ def test_a_short_training(tmp_path, capsys, tokenizer):
         (["--adversary", "-1"], "--adversary is -1"),
         (["--mix", "2"], "--mix is 2"),
         (["--turn", "-1"], "--turn is -1"),
+        (["--crop", "2"], "--crop is 2"),
         (["--weights", str(out), "--width", "64"], "of the same sizes"),
     ):
         with pytest.raises(SystemExit):

@@ -167,6 +167,9 @@ def test_crops_are_what_pillow_cuts():
             wanted = plane.resize((16, 16), Image.Resampling.BILINEAR, tuple(edges))
             # Pillow sees beyond the box's border, we do too.
             np.testing.assert_allclose(crop[..., channel], wanted, atol=2e-3)
+    half = nada_losses.crops(jnp.bfloat16(images), boxes, 16)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype("f4"), made, atol=0.02)
 
 
 def test_crops_have_the_other_losses():
