@@ -150,6 +150,9 @@ class Options:
     """Share of the pictures that are mixed of two styles of one head, half of them of
     its photo and another, by color, coarse and fine brightness and by place (a box, or
     parts of the head); a caption is as true of one as its style has a share in it."""
+    mix_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """How much the shares in color, coarse and fine brightness count in that: 0 0 1
+    makes a model that looks at lines alone, to be one of several in `train.nada`."""
     turn: float = 0.0
     """Share of the pictures whose hues are turned; nothing is said of the colors of
     their hair and skin. Against a model that likes tints which no picture has."""
@@ -413,6 +416,7 @@ def make_transform(
     mix: float = 0.0,
     turn: float = 0.0,
     crop: float = 0.0,
+    mix_weights: Sequence[float] = (1.0, 1.0, 1.0),
 ):
     """An item of `Heads` to {image, tokens, facts, shares, claims}, at random.
 
@@ -422,7 +426,7 @@ def make_transform(
     Args:
       tokenizer: CLIP's.
       module: for its sizes.
-      noise, mix, turn, crop: see `Options`.
+      noise, mix, turn, crop, mix_weights: see `Options`.
     """
     names = list(WORDS)
     colored = [names.index(name) for name in ("hair", "skin")]
@@ -440,7 +444,8 @@ def make_transform(
             other = partner(facts[:, 0], rng)
             bands = drawn_shares(labels, rng)
             picture = mixed(picture, pictures[other], bands)
-            shares = np.array([1 - bands.mean(), bands.mean()])
+            share = np.average(bands.mean((1, 2)), weights=mix_weights)
+            shares = np.array([1 - share, share])
         facts = facts[[0, other]]
         if rng.random() < turn:
             picture, facts = turned(picture, rng.uniform(0, 2 * np.pi)), facts.copy()
@@ -830,6 +835,11 @@ def main(args: list[str] | None = None) -> None:
     for name in ("mix", "turn", "crop"):
         if not 0 <= (share := getattr(options, name)) <= 1:
             raise UserError(f"--{name} is {share:g}; it is a share, from 0 to 1")
+    if min(options.mix_weights) < 0 or not any(options.mix_weights):
+        given = " ".join(f"{x:g}" for x in options.mix_weights)
+        raise UserError(
+            f"--mix-weights is {given}; give three weights from 0, one of them above it"
+        )
     if options.adversary < 0 or options.adversary_steps < 1:
         raise UserError(
             f"--adversary is {options.adversary:g} and --adversary-steps "
@@ -856,6 +866,7 @@ def main(args: list[str] | None = None) -> None:
             options.mix,
             options.turn,
             options.crop,
+            options.mix_weights,
         ),
     )
     state = loop.fit(

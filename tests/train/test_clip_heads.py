@@ -233,6 +233,20 @@ def test_captions_of_a_mixed_picture_tell_of_both(tokenizer):
     assert 0.3 < np.mean(of_pencil) < 0.6  # of six in seven captions, half
 
 
+@pytest.mark.parametrize(
+    ("weights", "share"), [((1, 1, 1), 1.4 / 3), ((0, 0, 1), 0.8), ((3, 1, 0), 0.25)]
+)
+def test_what_counts_of_a_mixed_picture(tokenizer, monkeypatch, weights, share):
+    module = clip_heads.make_module(clip_heads.Options(data=(), size=16), tokenizer)
+    bands = np.float32([0.2, 0.4, 0.8])[:, None, None] * np.ones((3, 16, 16))
+    monkeypatch.setattr(clip_heads, "drawn_shares", lambda *_: bands)
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
+    item = pictures, np.stack([facts("photo"), facts("pencil")]), pictures[0, ..., 0]
+    make = clip_heads.make_transform(tokenizer, module, 0, 1.0, mix_weights=weights)
+    found = make(item, np.random.default_rng(0))["shares"]
+    np.testing.assert_allclose(found, [1 - share, share], rtol=1e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_attacked_pictures_raise_the_loss_and_stay_near(steps):
     image, wanted = jax.random.normal(jax.random.key(0), (2, 5, 4, 4, 3))
@@ -331,6 +345,8 @@ def test_a_short_training(tmp_path, capsys, tokenizer):
         (["--mix", "2"], "--mix is 2"),
         (["--turn", "-1"], "--turn is -1"),
         (["--crop", "2"], "--crop is 2"),
+        (["--mix-weights", "0", "0", "0"], "--mix-weights is 0 0 0"),
+        (["--mix-weights", "1", "-1", "0"], "--mix-weights is 1 -1 0"),
         (["--weights", str(out), "--width", "64"], "of the same sizes"),
     ):
         with pytest.raises(SystemExit):
