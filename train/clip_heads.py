@@ -23,7 +23,7 @@ Pictures are moved, mirrored, blurred and given noise. That does not keep a gene
 which follows this CLIP from pleasing it by changes that nobody would call a drawing:
 `--adversary` trains on pictures that are changed so as to deceive it (Madry et al.,
 arXiv 1706.06083), after which its gradients point to what a person sees (Santurkar et
-al., arXiv 1906.09453). `--mix` adds pictures between two styles, of which captions are
+al., arXiv 1906.09453). `--mix` adds pictures between styles, of which captions are
 true in part, so that what is left of the photo counts against the drawing; `--turn`
 turns hues, so that no tint is a style; `--crop` shows places of a picture, as the crops
 of `train.nada` do, so that hair and background have a style too. `--weights clip_heads`
@@ -147,9 +147,10 @@ class Options:
     noise: float = 0.15
     """Highest deviation of the noise on the pictures, which are in [-1, 1]."""
     mix: float = 0.0
-    """Share of the pictures that are mixed of two styles of one head, half of them of
-    its photo and another, by color, coarse and fine brightness and by place (a box, or
-    parts of the head); a caption is as true of one as its style has a share in it."""
+    """Share of the pictures that are mixed of a head's styles: its color, its coarse
+    and its fine brightness of two each, half of them of its photo and another, by place
+    (a box, or parts of the head); a caption is as true of one as its style has a share
+    in it."""
     mix_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """How much the shares in color, coarse and fine brightness count in that: 0 0 1
     makes a model that looks at lines alone, to be one of several in `train.nada`."""
@@ -420,8 +421,9 @@ def make_transform(
 ):
     """An item of `Heads` to {image, tokens, facts, shares, claims}, at random.
 
-    `facts` [2, len(WORDS)] are of the two styles that the picture is mixed of, `shares`
-    [2] how much of each; the caption tells of one of them, drawn by their shares.
+    `facts` [styles, len(WORDS)] are of the head in each style, `shares` [styles] how
+    much of each the picture has, styles as many as there are (those that a folder lacks
+    have none); the caption tells of one of them, drawn by their shares.
 
     Args:
       tokenizer: CLIP's.
@@ -430,27 +432,26 @@ def make_transform(
     """
     names = list(WORDS)
     colored = [names.index(name) for name in ("hair", "skin")]
+    rows = len(VALUES["style"])
 
     def transform(item, rng):
         pictures, facts, labels = item
+        picture, shares = pictures[0], own(len(pictures), labels.shape)
+        if len(pictures) > 1 and rng.random() < mix:
+            shares = drawn_shares(facts[:, 0], labels, rng)
+            picture = mixed(pictures, shares)
+        facts = np.pad(facts, ((0, rows - len(facts)), (0, 0)), "edge")
         if rng.random() < crop:
             top, left, side = square(len(labels), rng)
-            rows, columns = slice(top, top + side), slice(left, left + side)
-            pictures, labels = pictures[:, rows, columns], labels[rows, columns]
-            facts = facts.copy()
+            place = slice(top, top + side), slice(left, left + side)
+            picture, shares = picture[place], shares[..., *place]
             facts[:, 1:] = -1
-        picture, other, shares = pictures[0], 0, np.array([1, 0], np.float32)
-        if len(pictures) > 1 and rng.random() < mix:
-            other = partner(facts[:, 0], rng)
-            bands = drawn_shares(labels, rng)
-            picture = mixed(picture, pictures[other], bands)
-            share = np.average(bands.mean((1, 2)), weights=mix_weights)
-            shares = np.array([1 - share, share])
-        facts = facts[[0, other]]
         if rng.random() < turn:
-            picture, facts = turned(picture, rng.uniform(0, 2 * np.pi)), facts.copy()
+            picture = turned(picture, rng.uniform(0, 2 * np.pi))
             facts[:, colored] = -1
-        true = facts[int(rng.random() < shares[1])]
+        shares = np.average(shares.mean((2, 3)), axis=1, weights=mix_weights)
+        shares = np.pad(shares, (0, rows - len(shares)))
+        true = facts[rng.choice(rows, p=shares)]
         said = chosen(true, rng) or {"style": VALUES["style"][true[0]]}
         tokens = clip_text.tokenize(tokenizer, [caption(said, rng)], module)[0]
         tokens = np.pad(tokens, (0, module.context_length - len(tokens)))
@@ -458,11 +459,18 @@ def make_transform(
             "image": varied(picture, module.image_size, noise, rng),
             "tokens": tokens,
             "facts": facts,
-            "shares": shares,
+            "shares": np.float32(shares),
             "claims": claims(said),
         }
 
     return transform
+
+
+def own(styles: int, shape: tuple[int, int]) -> np.ndarray:
+    """Shares for `mixed` of the first style alone: [styles, 3, height, width]."""
+    shares = np.zeros((styles, 3, *shape))
+    shares[0] = 1
+    return shares
 
 
 def square(side: int, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -475,41 +483,55 @@ def square(side: int, rng: np.random.Generator) -> tuple[int, int, int]:
     return int(top), int(left), own
 
 
-def partner(styles: np.ndarray, rng: np.random.Generator) -> int:
-    """Place of the style to mix the first of some with.
+def partner(styles: np.ndarray, first: int, rng: np.random.Generator) -> int:
+    """Place of the style to mix another of some with.
 
     Half the time the photo: a generator that draws photos is somewhere between these
     and the style that it is sent to.
     """
-    photos = np.flatnonzero(styles[1:] == VALUES["style"].index("photo"))
+    others = np.delete(np.arange(len(styles)), first)
+    photos = others[styles[others] == VALUES["style"].index("photo")]
     if len(photos) and rng.random() < 0.5:
-        return 1 + int(photos[0])
-    return int(rng.integers(1, len(styles)))
+        return int(photos[0])
+    return int(rng.choice(others))
 
 
-def drawn_shares(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shares for `mixed`, float32 [3, side, side]: one each within an area and around.
+def drawn_shares(
+    styles: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Shares for `mixed`: [styles, 3, side, side].
 
-    The area is a box, or some parts of the head.
+    Each band is of two styles, half the time the first and another; so one band tells
+    nothing sure of the others. How much of each it has is drawn once for an area and
+    once for what is around, both near 0 and 1 more often than between. The area is a
+    box, or some parts of the head.
 
     Args:
+      styles: at least two, places in `VALUES`.
       labels: of the parts, [side, side].
       rng: draws.
     """
-    within, around = rng.random((2, 3, 1, 1), np.float32)
     if rng.random() < 0.5:
         (top, left), size = rng.uniform(-0.25, 0.75, 2), rng.uniform(0.25, 1, 2)
         places = (np.arange(len(labels)) + 0.5) / len(labels)
         rows = (places > top) & (places < top + size[0])
         columns = (places > left) & (places < left + size[1])
-        return np.where(rows[:, None] & columns, within, around)
-    chosen = [group for group in GROUPS if rng.random() < 0.5]
-    wanted = [LABELS.index(name) for group in chosen for name in group]
-    return np.where(np.isin(labels, wanted), within, around)
+        area = rows[:, None] & columns
+    else:
+        chosen = [group for group in GROUPS if rng.random() < 0.5]
+        wanted = [LABELS.index(name) for group in chosen for name in group]
+        area = np.isin(labels, wanted)
+    shares = np.zeros((len(styles), 3, *labels.shape))
+    for band in range(3):
+        first = 0 if rng.random() < 0.5 else int(rng.integers(len(styles)))
+        share = np.where(area, *rng.beta(0.5, 0.5, 2))
+        shares[partner(styles, first, rng), band] = share
+        shares[first, band] = 1 - share
+    return shares
 
 
-def mixed(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """A picture between two, uint8 [h, w, 3].
+def mixed(pictures: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """A picture between some, uint8 [h, w, 3].
 
     A model that has only seen whole styles calls a picture a pencil drawing for its
     hatching alone, its lack of color alone, or its face alone, whichever a generator
@@ -517,9 +539,9 @@ def mixed(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
     boxes: CutMix (Yun et al., arXiv 1905.04899).
 
     Args:
-      one, other: uint8 [h, w, 3], of the same head.
-      shares: of the other in the color, and in the coarse and the fine brightness:
-        [3, h, w], or [3, 1, 1] for the same everywhere.
+      pictures: uint8 [styles, h, w, 3], of the same head.
+      shares: of each in the color, and in the coarse and the fine brightness:
+        [styles, 3, h, w], or [styles, 3, 1, 1] for the same everywhere.
     """
 
     def bands(picture):
@@ -529,8 +551,11 @@ def mixed(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
         x, grey, coarse = (np.asarray(i, np.float32) for i in (image, grey, coarse))
         return x - grey[..., None], coarse[..., None], (grey - coarse)[..., None]
 
-    pairs = zip(bands(one), bands(other), shares, strict=True)
-    x = sum(a + share[..., None] * (b - a) for a, b, share in pairs)
+    x = 0
+    for picture, own in zip(pictures, shares, strict=True):
+        if own.any():
+            pairs = zip(own, bands(picture), strict=True)
+            x = x + sum(share[..., None] * band for share, band in pairs)
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 
@@ -629,7 +654,7 @@ def make_step(module: CLIP, tx: optax.GradientTransformation, options: Options):
     """The step of the scheme for `fit`."""
 
     def step(state: TrainState, _: Any, batch: Any) -> tuple[TrainState, dict]:
-        # [pictures, captions] for each of the two styles that a picture is mixed of.
+        # [pictures, captions] for each of the styles that a picture is mixed of.
         true = jax.vmap(is_true, (None, 1))(batch["claims"], batch["facts"])
         true = jnp.einsum("spc,ps->pc", true.astype(jnp.float32), batch["shares"])
 

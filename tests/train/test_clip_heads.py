@@ -124,22 +124,22 @@ def test_contrastive_loss_of_pictures_between_two_styles():
 def test_mixed_pictures():
     one, other = np.random.default_rng(0).integers(64, 192, (2, 32, 32, 3), np.uint8)
 
-    def everywhere(*shares):
-        return np.reshape(np.float32(shares), (3, 1, 1))
+    def mixed(one, other, *shares):
+        of_other = np.reshape(np.float32(shares), (3, 1, 1))
+        return clip_heads.mixed((one, other), np.stack([1 - of_other, of_other]))
 
-    for shares, wanted in ((everywhere(0, 0, 0), one), (everywhere(1, 1, 1), other)):
-        found = clip_heads.mixed(one, other, shares)
+    for shares, wanted in (((0, 0, 0), one), ((1, 1, 1), other)):
+        found = mixed(one, other, *shares)
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, wanted)
     grey = np.repeat(other[..., :1], 3, -1)
-    found = clip_heads.mixed(one, grey, everywhere(1, 0, 0))
+    found = mixed(one, grey, 1, 0, 0)
     luma = np.asarray(Image.fromarray(one).convert("L"))
     np.testing.assert_array_equal(found, np.repeat(luma[..., None], 3, -1))
     # Areas from one picture, lines from the other.
     flat = np.full((32, 32, 3), 100, np.uint8)
     lines = flat + 40 * (np.arange(32) % 2)[:, None].astype(np.uint8)
-    bands = everywhere(0, 1, 0), everywhere(0, 0, 1)
-    coarse, fine = (clip_heads.mixed(flat, lines, x) for x in bands)
+    coarse, fine = mixed(flat, lines, 0, 1, 0), mixed(flat, lines, 0, 0, 1)
     assert np.ptp(coarse[:, 8:-8]) <= 6 and 115 < coarse[:, 8:-8].mean() < 125
     assert np.ptp(fine[:, 8:-8]) >= 34 and 95 < fine[:, 8:-8].mean() < 105
 
@@ -148,25 +148,38 @@ def test_shares_of_an_area_and_of_what_is_around():
     # Background above, skin, eyes below: a part each.
     labels = np.repeat(np.repeat(np.uint8([0, 1, 3]), [6, 6, 4])[:, None], 16, 1)
     rng, sizes, parts = np.random.default_rng(0), [], 0
-    for _ in range(300):
-        shares = clip_heads.drawn_shares(labels, rng)
-        assert shares.shape == (3, 16, 16) and 0 <= shares.min() <= shares.max() <= 1
-        areas = [band != band[0, 0] for band in shares]
+    styles, count, together, ends = np.array([3, 0, 4]), np.zeros(3), [], []
+    for _ in range(600):
+        shares = clip_heads.drawn_shares(styles, labels, rng)
+        assert shares.shape == (3, 3, 16, 16) and 0 <= shares.min() <= shares.max() <= 1
+        np.testing.assert_allclose(shares.sum(0), 1)
+        areas = [part != part[0, 0] for part in shares.reshape(-1, 16, 16)]
+        areas = [area for area in areas if area.any()] or areas[:1]
         assert all((area == areas[0]).all() for area in areas)
+        has = shares.any((2, 3))
+        assert (has.sum(0) == 2).all()
+        count += has.sum(1)
+        together.append((has[:, 0] == has[:, 2]).all())
+        ends.append(shares[has[:, 0]][0, 0, 0, 0])
         sizes.append(np.mean(areas[0]))
-        ends = areas[0][[5, 6, 11, 12]]
-        whole = (ends == ends[:, :1]).all() and len(np.unique(areas[0][:6])) == 1
-        parts += whole and (ends[1] == ends[2]).all() and areas[0].any()
+        rows = areas[0][[5, 6, 11, 12]]
+        whole = (rows == rows[:, :1]).all() and len(np.unique(areas[0][:6])) == 1
+        parts += whole and (rows[1] == rows[2]).all() and areas[0].any()
     assert min(sizes) == 0 and max(sizes) > 0.6 and 0.1 < np.mean(sizes) < 0.6
-    assert parts > 60  # those of parts that are not all or nothing
+    assert parts > 120  # those of parts that are not all or nothing
+    # The first and the photo in most, and not the same two in all bands.
+    assert count[0] > 1.2 * count[2] and count[1] > 1.2 * count[2]
+    assert 0.2 < np.mean(together) < 0.8
+    assert np.mean(np.abs(np.array(ends) - 0.5) > 0.25) > 0.6
 
 
 def test_whom_a_style_is_mixed_with():
     rng, styles = np.random.default_rng(0), np.array([3, 0, 1, 4])
-    found = np.bincount([clip_heads.partner(styles, rng) for _ in range(600)])
+    found = np.bincount([clip_heads.partner(styles, 0, rng) for _ in range(600)])
     assert found[0] == 0 and 340 < found[1] < 460 and found[2:].min() > 60
-    of_photo = [clip_heads.partner(styles[[1, 0, 2]], rng) for _ in range(100)]
+    of_photo = [clip_heads.partner(styles[[1, 0, 2]], 0, rng) for _ in range(100)]
     assert set(of_photo) == {1, 2}
+    assert {clip_heads.partner(styles, 2, rng) for _ in range(100)} == {0, 1, 3}
 
 
 def test_turned_hues(tokenizer):
@@ -224,11 +237,14 @@ def test_captions_of_a_mixed_picture_tell_of_both(tokenizer):
     item = pictures, np.stack([facts("photo"), facts("pencil")]), labels
     styles, rng = clip_heads.VALUES["style"], np.random.default_rng(0)
     plain = clip_heads.make_transform(tokenizer, module, 0.0)(item, rng)
-    assert plain["shares"].tolist() == [1, 0] and (plain["facts"] == item[1][0]).all()
+    assert plain["shares"].tolist() == [1, 0, 0, 0, 0]
+    assert (plain["facts"][0] == item[1][0]).all()
     make = clip_heads.make_transform(tokenizer, module, 0.0, 1.0)
     some = [make(item, rng) for _ in range(200)]
-    assert all((one["facts"] == item[1]).all() for one in some)
+    assert all((one["facts"][:2] == item[1]).all() for one in some)
+    assert all(one["facts"].shape == (5, len(clip_heads.WORDS)) for one in some)
     np.testing.assert_allclose([one["shares"].sum() for one in some], 1, rtol=1e-6)
+    assert all((one["shares"][2:] == 0).all() for one in some)
     of_pencil = [one["claims"][0] == styles.index("pencil") for one in some]
     assert 0.3 < np.mean(of_pencil) < 0.6  # of six in seven captions, half
 
@@ -238,13 +254,23 @@ def test_captions_of_a_mixed_picture_tell_of_both(tokenizer):
 )
 def test_what_counts_of_a_mixed_picture(tokenizer, monkeypatch, weights, share):
     module = clip_heads.make_module(clip_heads.Options(data=(), size=16), tokenizer)
-    bands = np.float32([0.2, 0.4, 0.8])[:, None, None] * np.ones((3, 16, 16))
-    monkeypatch.setattr(clip_heads, "drawn_shares", lambda *_: bands)
+    bands = np.array([0.2, 0.4, 0.8])[:, None, None] * np.ones((3, 16, 16))
+    shares = np.stack([1 - bands, bands])
+    monkeypatch.setattr(clip_heads, "drawn_shares", lambda *_: shares)
     pictures = np.zeros((2, 16, 16, 3), np.uint8)
     item = pictures, np.stack([facts("photo"), facts("pencil")]), pictures[0, ..., 0]
     make = clip_heads.make_transform(tokenizer, module, 0, 1.0, mix_weights=weights)
     found = make(item, np.random.default_rng(0))["shares"]
-    np.testing.assert_allclose(found, [1 - share, share], rtol=1e-6)
+    np.testing.assert_allclose(found[:2], [1 - share, share], rtol=1e-6)
+    # Of a crop counts what is in it.
+    bands[:, :4], bands[:, 4:] = 0, 1
+    shares[:] = 1 - bands, bands
+    make = clip_heads.make_transform(
+        tokenizer, module, 0, 1.0, crop=1.0, mix_weights=weights
+    )
+    monkeypatch.setattr(clip_heads, "square", lambda *_: (2, 5, 4))
+    found = make(item, np.random.default_rng(0))["shares"]
+    np.testing.assert_allclose(found[:2], 0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
