@@ -18,9 +18,9 @@ Gal et al., "StyleGAN-NADA: CLIP-Guided Domain Adaptation of Image Generators", 
 
 No picture is needed, no discriminator, and no more than a few hundred steps. CLIP's
 weights do not ship with us: give OpenAI's ViT-B-32.pt, a folder of Hugging Face's, or a
-name that is in their cache. What ships is a small CLIP of the heads that the model in
-the package draws (`train.clip_heads`); it is that model's default and knows the words
-of its captions alone:
+name that is in their cache. What ships are two small CLIPs of the heads that the model
+in the package draws (`train.clip_heads`), one of which looks at lines. They are that
+model's default, with settings of its own, and know the words of their captions alone:
 
     python -m train.nada --source "a photo" --target "a pencil drawing"
 
@@ -113,6 +113,10 @@ class Options:
     """Source, target and settings for a known change; flags of your own win."""
     weights: str = weights.DEFAULT
     """Base networks: a name we ship, a converted folder, or a run."""
+    profile: bool = True
+    """Where no --clip is named, take the defaults that the weights recommend for
+    themselves (`nada` in their config.json, with --ref `nada_pictures` besides;
+    printed); --no-profile: the published ones."""
     clip: tuple[str, ...] = ()
     """CLIP models: files, folders, names (ViT-B/32, ViT-B/16, ViT-L/14) or hub ids in
     the local cache. Not given: as published, ViT-B/32, and ViT-B/16 too for changes of
@@ -476,9 +480,12 @@ def anchors_of(
         drawn, _ = generator.apply({"params": base}, z, noise="random", key=key)
         after = module.apply({"params": vision}, photos, method="encode_image")
         before = judge_fn(options, module)(vision, drawn)
-        return nada_losses.direction(before, nada_losses.normalise(after))
+        return before, nada_losses.normalise(after)
 
-    found["direction"] = embed(vision, base, jnp.stack(photos), z)
+    before, after = embed(vision, base, jnp.stack(photos), z)
+    found["direction"] = nada_losses.direction(before, after)
+    if not options.source:
+        found["target"] = nada_losses.normalise(jnp.mean(after, 0, keepdims=True))
     return found
 
 
@@ -590,7 +597,11 @@ def sharding_rules(options: Options) -> tuple:
 
 
 def read(args: list[str] | None) -> Options:
-    """The options of a command line, over those of a preset."""
+    """The options of a command line, over those of the weights, over a preset's.
+
+    Raises:
+      UserError: the weights recommend an option that does not exist.
+    """
     options = parse(Options, __doc__, args)
     wanted: dict[str, Any] = {}
     if options.preset:
@@ -598,10 +609,27 @@ def read(args: list[str] | None) -> Options:
         print(f"preset {options.preset}: {wanted}", flush=True)
     elif options.ref:
         wanted = {"steps": PICTURE_STEPS}
+    if options.profile and not options.clip:
+        metadata = weights.read_config(options.weights)["metadata"]
+        profile = dict(metadata.get("nada", {}))
+        profile |= metadata.get("nada_pictures", {}) if options.ref else {}
+        if profile:
+            print(f"{options.weights} recommend for themselves: {profile}", flush=True)
+            lists = {n: tuple(x) for n, x in profile.items() if isinstance(x, list)}
+            wanted |= profile | lists
     if not wanted:
         return options
-    run = dataclasses.replace(Options().run, steps=wanted.pop("steps", 300))
-    default = dataclasses.replace(Options(), run=run, **wanted)
+    default = Options()
+    parts = {"run": default.run, "terms": default.terms, "": default}
+    for name, part in parts.items():
+        names = {f.name for f in dataclasses.fields(part)} & set(wanted)
+        parts[name] = dataclasses.replace(part, **{n: wanted.pop(n) for n in names})
+    if wanted:
+        raise UserError(
+            f"--weights {options.weights} recommend {', '.join(sorted(wanted))}, no "
+            "option of train.nada; pass --no-profile"
+        )
+    default = dataclasses.replace(parts.pop(""), **parts)
     return parse(Options, __doc__, args, default)
 
 
@@ -678,12 +706,12 @@ def resolve(options: Options, size: int) -> Options:
     texts = options.choose_steps or any(
         value
         for name, value in terms.items()
-        if name not in ("lambda_direction", "lambda_crop")
+        if name not in ("lambda_direction", "lambda_global", "lambda_crop")
     )
     if texts and not options.source:
         raise UserError(
-            "--source and --target are needed beside --ref: a choice of layers and "
-            "every loss but --lambda-direction compare with texts"
+            "--source and --target are needed beside --ref: a choice of layers, "
+            "--lambda-manifold and --lambda-patch compare with texts"
         )
     for name in ("clip_weights", "text_embeddings"):
         given = getattr(options, name)

@@ -6,7 +6,8 @@ from the same codes. CLIP embeds both; `anchors` holds what does not change in a
 | key            | shape              | what                                          |
 | -------------- | ------------------ | --------------------------------------------- |
 | `direction`    | [1, embed_dim]     | from source to target class, of length 1      |
-| `target`       | [1, embed_dim]     | "a {target}", of length 1                     |
+| `target`       | [1, embed_dim]     | "a {target}", or the mean picture of the      |
+|                |                    | target, of length 1                           |
 | `class`        | [1, embed_dim]     | "{target}", of length 1: for the layer choice |
 | `angle`        | []                 | cosine of source and target class             |
 | `parts`        | [15, embed_dim]    | a direction a part, of length 1               |
@@ -46,7 +47,7 @@ class Terms:
     """Weight of the directional loss, the paper's."""
     lambda_global: float = 0.0
     """Weight of the global loss: pictures look like "a {target}" (the paper's baseline,
-    which loses diversity)."""
+    which loses diversity), or without a text like the mean of --ref."""
     lambda_manifold: float = 0.0
     """Weight of the angle between a picture before and after, held to that of the
     texts."""

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from convert import stylegan2
+from convert.clip import load_clip
 from convert.report import Report
 from jaxstyle import images, weights
+from jaxstyle.errors import UserError
 from jaxstyle.features.clip_text import Judge
 from jaxstyle.stylegan2 import layer_names, num_ws
 from tests.clip_models import SMALL
@@ -301,8 +303,44 @@ def test_pictures_as_target(base, tmp_path):
         base,
         tmp_path / "run",
         *("--ref", str(base[0] / "photo.png"), "--noise", "shared"),
+        *("--lambda-global", "2"),
     )
-    assert all(np.isfinite(m["loss"]) for m in metrics)
+    for m in metrics:
+        assert abs(m["loss"] - m["direction"] - 2 * m["global"]) < 1e-5
+
+
+def test_where_pictures_lead(base, tmp_path):
+    """Without a text the global loss goes to the mean of the pictures."""
+    model, params = weights.load(base[1])
+    judge = load_clip(str(base[0] / "clip"))
+    photos = np.random.default_rng(1).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    files = [tmp_path / f"{i}.png" for i in range(2)]
+    for file, photo in zip(files, photos, strict=True):
+        images.save_image(file, photo)
+    found, with_text = (
+        nada.anchors_of(
+            nada.Options(ref=tuple(files), ref_batch=4, **texts),
+            model["generator"],
+            params["generator"],
+            judge,
+        )
+        for texts in ({}, {"source": "photo", "target": ("sketch",)})
+    )
+    seen = [
+        judge.module.apply(
+            {"params": judge.params},
+            judge.module.prepare_photo(images.open_image(file))[None],
+            method="encode_image",
+        )[0]
+        for file in files
+    ]
+    mean = np.mean([x / np.linalg.norm(x) for x in seen], 0)
+    np.testing.assert_allclose(
+        found["target"][0], mean / np.linalg.norm(mean), atol=1e-5
+    )
+    assert set(found) == {"direction", "target"}
+    assert np.abs(with_text["target"] - found["target"]).max() > 0.01
+    np.testing.assert_allclose(with_text["direction"], found["direction"], atol=1e-6)
 
 
 @pytest.mark.slow
@@ -373,7 +411,7 @@ MISTAKES = {
     ],
     "patches have 510 px": ["--preset", "sketch", "--lambda-patch", "1"],
     "all --lambda": ["--preset", "sketch", "--lambda-direction", "0"],
-    "needed beside --ref": ["--ref", "x.png", "--lambda-global", "1"],
+    "needed beside --ref": ["--ref", "x.png", "--lambda-manifold", "1"],
     "2 entries for 1": ["--preset", "sketch", "--clip-weights", "1", "2"],
     "is not a file": ["--ref", "absent.png"],
     "where one style goes": ["--source", "a", "--target", "b", "c", "--ref", "x.png"],
@@ -392,35 +430,65 @@ def test_mistakes(base, tmp_path, capsys, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_presets_and_shape():
+def test_presets_and_shape(base):
+    own = ["--weights", base[1]]
     for name, preset in nada.PRESETS.items():
-        options = nada.resolve(nada.read(["--preset", name]), 1024)
+        options = nada.resolve(nada.read([*own, "--preset", name]), 1024)
         assert options.target == preset["target"]
         assert options.run.steps == preset.get("steps", 300)
-    options = nada.read(["--preset", "sketch", "--target", "pencil drawing"])
+    options = nada.read([*own, "--preset", "sketch", "--target", "pencil drawing"])
     assert options.target == ("pencil drawing",)
-    own = ["--weights", "weights/ffhq"]
     options = nada.resolve(nada.read([*own, "--preset", "werewolf"]), 1024)
     assert (options.choose_steps, options.choose, options.mixing) == (1, 12, 0.9)
     assert options.clip == ("ViT-B/32", "ViT-B/16")
     assert options.run.out == "runs/nada-human-werewolf"
 
 
-def test_the_clip_that_is_not_named(tmp_path):
-    """The small one for the model in the package, else those of the paper."""
+def test_the_clip_that_is_not_named(tmp_path, base):
+    """What the model in the package recommends, else those of the paper."""
     image = tmp_path / "a.png"
     image.touch()
     both = ("ViT-B/32", "ViT-B/16")
+    own = ["--weights", base[1]]
+    recommended = weights.read_config("heads")["metadata"]["nada"]
     for args, clip, steps in (
-        ([], (nada.SMALL_CLIP,), 300),
-        (["--weights", "weights/ffhq"], both[:1], 300),
-        (["--weights", "weights/ffhq", "--ref", str(image)], both, 500),
+        (["--no-profile"], (nada.SMALL_CLIP,), 300),
+        (own, both[:1], 300),
+        ([*own, "--ref", str(image)], both, 500),
         (["--clip", "ViT-L/14", "--ref", str(image)], ("ViT-L/14",), 500),
-        (["--ref", str(image), "--steps", "40"], (nada.SMALL_CLIP,), 40),
+        (["--ref", str(image), "--steps", "40"], recommended["clip"], 40),
     ):
         texts = ["--source", "photo", "--target", "sketch"]
         options = nada.resolve(nada.read([*texts, *args]), 1024)
-        assert (options.clip, options.run.steps) == (clip, steps)
+        assert (options.clip, options.run.steps) == (tuple(clip), steps)
+
+
+def test_what_the_weights_recommend(tmp_path, base, capsys):
+    def saved(name, **nada):
+        model, params = weights.load(base[1])
+        metadata = {"nada": nada, "nada_pictures": {"steps": 9}} if nada else {}
+        weights.save(tmp_path / name, model, params, metadata=metadata)
+        texts = ["--source", "photo", "--target", "sketch"]
+        return ["--weights", str(tmp_path / name), *texts]
+
+    args = saved("own", clip=["a", "b"], lambda_crop=2.5, batch=6, phase="all")
+    options = nada.read(args)
+    assert options.clip == ("a", "b") and options.terms.lambda_crop == 2.5
+    assert (options.run.batch, options.phase) == (6, "all")
+    assert (options.run.steps, options.terms.lambda_direction) == (300, 1)
+    assert "recommend for themselves: {'clip': ['a', 'b']" in capsys.readouterr().out
+    assert nada.read([*args, "--lambda-crop", "0"]).terms.lambda_crop == 0
+    assert nada.read([*args, "--preset", "mona-lisa"]).run.steps == 200
+    options = nada.read([*args[:2], "--ref", "x.png"])
+    assert options.run.steps == 9 and options.terms.lambda_crop == 2.5
+    plain = nada.Options()
+    for published in (["--no-profile"], ["--clip", "c"]):
+        options = nada.read([*args, *published])
+        assert options.terms == plain.terms and options.run.batch == 2
+        assert options.phase == plain.phase
+    assert nada.read(saved("silent")).clip == ()
+    with pytest.raises(UserError, match="recommend lambda_corp"):
+        nada.read(saved("wrong", lambda_corp=1))
 
 
 def test_crossovers(base):
