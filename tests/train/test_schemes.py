@@ -40,7 +40,7 @@ ARGUMENTS = {
     "--vision-layers 1 --text-layers 1",
     # A step that is seen: of two pictures that hardly differ the direction is rounding.
     "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch "
-    "--lr 0.1",
+    "--lr 0.1 --lambda-global 1 --lambda-crop 1",
     "dual_pretrain": "--weights {dual}/base --encoder {dual}/encoder --data {faces} "
     "--batch 8 --judge-size 64 --perceptual-net alexnet",
     "dual_finetune": "--weights {dual}/stage1 --exemplars {dual}/codes --batch 8 "
