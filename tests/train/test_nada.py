@@ -450,7 +450,7 @@ def test_the_clip_that_is_not_named(tmp_path, base):
     image.touch()
     both = ("ViT-B/32", "ViT-B/16")
     own = ["--weights", base[1]]
-    recommended = weights.read_config("heads")["metadata"]["nada"]
+    recommended = weights.read_config("heads")["metadata"]["nada_pictures"]
     for args, clip, steps in (
         (["--no-profile"], (nada.SMALL_CLIP,), 300),
         (own, both[:1], 300),
