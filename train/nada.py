@@ -613,10 +613,13 @@ def read(args: list[str] | None) -> Options:
         metadata = weights.read_config(options.weights)["metadata"]
         profile = dict(metadata.get("nada", {}))
         profile |= metadata.get("nada_pictures", {}) if options.ref else {}
+        chooses = {"choose_steps", "improve_shape"} & wanted.keys()
+        if chooses or options.choose_steps or options.improve_shape:
+            profile.pop("phase", None)  # both choose the layers
         if profile:
             print(f"{options.weights} recommend for themselves: {profile}", flush=True)
-            lists = {n: tuple(x) for n, x in profile.items() if isinstance(x, list)}
-            wanted |= profile | lists
+        lists = {n: tuple(x) for n, x in profile.items() if isinstance(x, list)}
+        wanted |= profile | lists
     if not wanted:
         return options
     default = Options()

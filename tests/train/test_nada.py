@@ -479,6 +479,9 @@ def test_what_the_weights_recommend(tmp_path, base, capsys):
     assert "recommend for themselves: {'clip': ['a', 'b']" in capsys.readouterr().out
     assert nada.read([*args, "--lambda-crop", "0"]).terms.lambda_crop == 0
     assert nada.read([*args, "--preset", "mona-lisa"]).run.steps == 200
+    for chooses in (["--choose-steps", "1"], ["--preset", "zombie"]):
+        options = nada.read([*args, *chooses])
+        assert (options.phase, options.run.batch) == ("default", 6)
     options = nada.read([*args[:2], "--ref", "x.png"])
     assert options.run.steps == 9 and options.terms.lambda_crop == 2.5
     plain = nada.Options()
