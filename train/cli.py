@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -113,6 +113,36 @@ def parse(
     # What shuffles the data takes no other.
     if not 0 <= run.seed < 1 << 32:
         raise UserError(f"--seed is {run.seed}; it must be from 0 to {2**32 - 1}")
+    return options
+
+
+def with_profile(options: Any, profile: Mapping[str, Any], scheme: str) -> Any:
+    """Options with the values that weights recommend, of their parts (`run`) too.
+
+    Args:
+      options: a dataclass; a field that is one itself is a part.
+      profile: values by name, as in the weights' config.json.
+      scheme: whose options they are.
+
+    Raises:
+      UserError: a name that no option has.
+    """
+    left = {n: tuple(x) if isinstance(x, list) else x for n, x in profile.items()}
+
+    def given(part):
+        names = {f.name for f in dataclasses.fields(part)} & left.keys()
+        return dataclasses.replace(part, **{name: left.pop(name) for name in names})
+
+    parts = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    parts = {
+        n: given(part) for n, part in parts.items() if dataclasses.is_dataclass(part)
+    }
+    options = dataclasses.replace(given(options), **parts)
+    if left:
+        raise UserError(
+            f"--weights {options.weights} recommend {', '.join(sorted(left))}, no "
+            f"option of train.{scheme}; pass --no-profile"
+        )
     return options
 
 

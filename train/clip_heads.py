@@ -436,7 +436,7 @@ def make_transform(
 
     def transform(item, rng):
         pictures, facts, labels = item
-        picture, shares = pictures[0], own(len(pictures), labels.shape)
+        picture, shares = pictures[0], unmixed(len(pictures), labels.shape)
         if len(pictures) > 1 and rng.random() < mix:
             shares = drawn_shares(facts[:, 0], labels, rng)
             picture = mixed(pictures, shares)
@@ -466,7 +466,7 @@ def make_transform(
     return transform
 
 
-def own(styles: int, shape: tuple[int, int]) -> np.ndarray:
+def unmixed(styles: int, shape: tuple[int, int]) -> np.ndarray:
     """Shares for `mixed` of the first style alone: [styles, 3, height, width]."""
     shares = np.zeros((styles, 3, *shape))
     shares[0] = 1

@@ -55,7 +55,15 @@ from jaxstyle.masks import parse_mask, preserve_color_mask
 from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator, style_vectors
 from train import optim, references, sharding, styles
-from train.cli import RunOptions, Shared, parse, start, with_out, working
+from train.cli import (
+    RunOptions,
+    Shared,
+    parse,
+    start,
+    with_out,
+    with_profile,
+    working,
+)
 from train.loop import check_folder, fit
 from train.state import TrainState, create_state
 
@@ -522,19 +530,8 @@ def read(args: list[str] | None) -> Options:
         wanted.pop("mask", None)  # both choose the layers
     if not wanted:
         return options
-    own, run = ({f.name for f in dataclasses.fields(c)} for c in (Options, RunOptions))
-    if unknown := set(wanted) - own - run:
-        raise UserError(
-            f"--weights {options.weights} recommend {', '.join(sorted(unknown))}, no "
-            "option of train.jojo; pass --no-profile"
-        )
-    default = Options(ref=options.ref)
-    for_run = {name: value for name, value in wanted.items() if name in run}
-    default = dataclasses.replace(
-        default,
-        run=dataclasses.replace(default.run, **for_run),
-        **{name: value for name, value in wanted.items() if name in own},
-    )
+    default = Options(ref=options.ref, weights=options.weights)
+    default = with_profile(default, wanted, "jojo")
     flags = (f"--{name.replace('_', '-')} {value}" for name, value in wanted.items())
     print(f"defaults of {options.weights}: {' '.join(flags)}")
     return parse(Options, __doc__, args, default)

@@ -18,8 +18,8 @@ Gal et al., "StyleGAN-NADA: CLIP-Guided Domain Adaptation of Image Generators", 
 
 No picture is needed, no discriminator, and no more than a few hundred steps. CLIP's
 weights do not ship with us: give OpenAI's ViT-B-32.pt, a folder of Hugging Face's, or a
-name that is in their cache. What ships are two small CLIPs of the heads that the model
-in the package draws (`train.clip_heads`), one of which looks at lines. They are that
+name that is in their cache. What ships are small CLIPs of the heads that the model in
+the package draws (`train.clip_heads`), some of which look at lines. They are that
 model's default, with settings of its own, and know the words of their captions alone:
 
     python -m train.nada --source "a photo" --target "a pencil drawing"
@@ -57,7 +57,15 @@ from jaxstyle.features.clip_text import Judge
 from jaxstyle.paths import place
 from jaxstyle.stylegan2 import Generator
 from train import nada_layers, nada_losses, optim, references, sharding, styles
-from train.cli import RunOptions, Shared, parse, start, with_out, working
+from train.cli import (
+    RunOptions,
+    Shared,
+    parse,
+    start,
+    with_out,
+    with_profile,
+    working,
+)
 from train.loop import check_folder, fit
 from train.nada_losses import Terms
 from train.state import TrainState, create_state
@@ -618,21 +626,10 @@ def read(args: list[str] | None) -> Options:
             profile.pop("phase", None)  # both choose the layers
         if profile:
             print(f"{options.weights} recommend for themselves: {profile}", flush=True)
-        lists = {n: tuple(x) for n, x in profile.items() if isinstance(x, list)}
-        wanted |= profile | lists
+        wanted |= profile
     if not wanted:
         return options
-    default = Options()
-    parts = {"run": default.run, "terms": default.terms, "": default}
-    for name, part in parts.items():
-        names = {f.name for f in dataclasses.fields(part)} & set(wanted)
-        parts[name] = dataclasses.replace(part, **{n: wanted.pop(n) for n in names})
-    if wanted:
-        raise UserError(
-            f"--weights {options.weights} recommend {', '.join(sorted(wanted))}, no "
-            "option of train.nada; pass --no-profile"
-        )
-    default = dataclasses.replace(parts.pop(""), **parts)
+    default = with_profile(Options(weights=options.weights), wanted, "nada")
     return parse(Options, __doc__, args, default)
 
 
