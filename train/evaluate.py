@@ -321,8 +321,8 @@ def classifier(options: Options, methods: Mapping[str, Method]) -> dict | None:
         if not folder.exists():
             command = ["-m", "train.heads", str(folder), "--n", str(options.teacher_n)]
             command += ["--seed", "4", "--size", "64", "--format", "npy"]
-            # With the lines of drawings of 256 px, which are the truths.
-            command += ["--supersample", "8"]
+            # With the lines and strokes of the truths, which are of 256 px.
+            command += ["--drawn-at", "256"]
             commands.run([*command, "--styles", ",".join(TEACHERS)])
     pictures = {}
     for style in TEACHERS:
@@ -330,7 +330,7 @@ def classifier(options: Options, methods: Mapping[str, Method]) -> dict | None:
         if not file.is_file():
             raise UserError(
                 f"{file} is missing; draw it with `python -m train.heads {folder} "
-                "--n 200 --seed 4 --format npy --supersample 8 --styles "
+                "--n 200 --seed 4 --format npy --drawn-at 256 --styles "
                 f"{','.join(TEACHERS)}`"
             )
         pictures[style] = np.load(file, mmap_mode="r")

@@ -47,6 +47,10 @@ class Options:
     """Heads."""
     size: int = 64
     """Pixels a side."""
+    drawn_at: int = 0
+    """Pixels a side that pictures are drawn at, before they are made smaller to --size
+    (0: that). Outlines and brush strokes have widths in pixels of these: with 256 and
+    --size 64 they are as in pictures of 256 px that somebody makes smaller."""
     styles: str = "photo"
     """Any of photo, cel, duotone, pencil, paint; with commas."""
     seed: int = 0
@@ -84,6 +88,12 @@ def check(options: Options) -> tuple[str, ...]:
         value = getattr(options, name)
         if not low <= value <= high:
             raise UserError(f"--{name} is {value}; it must be {low} to {high}")
+    at = options.drawn_at
+    if at and not options.size <= at <= limits["size"][1]:
+        raise UserError(
+            f"--drawn-at is {at}; it must be {options.size} (--size) to "
+            f"{limits['size'][1]}, or 0 for --size"
+        )
     for name in ("yaw", "pitch"):
         value = getattr(options, name)
         if not (math.isfinite(value) and abs(value) <= 90):
@@ -105,7 +115,7 @@ def draw(mesh, options: Options, styles, index: int):
         picture, marks, places = heads_render.render(
             mesh,
             head,
-            options.size,
+            options.drawn_at or options.size,
             style,
             options.supersample,
             math.radians(options.yaw),
@@ -113,9 +123,16 @@ def draw(mesh, options: Options, styles, index: int):
         )
         labels = marks if style == "photo" else labels
         if style in styles:
-            pictures[style], points[style] = picture, places.round(2).tolist()
+            places = places * (options.size / len(picture))
+            points[style] = places.round(2).tolist()
+            pictures[style] = _shrunk(picture, options.size, Image.Resampling.LANCZOS)
+    labels = _shrunk(labels, options.size, Image.Resampling.NEAREST)
     turned = {"turned_yaw": options.yaw, "turned_pitch": options.pitch}
     return dataclasses.asdict(head) | turned | {"landmarks": points}, pictures, labels
+
+
+def _shrunk(picture: np.ndarray, size: int, how: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((size, size), how))
 
 
 def write(options: Options, styles: tuple[str, ...], folder: Path) -> None:

@@ -30,7 +30,14 @@ def test_missing_data_names_the_way_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option", [("--styles", "oil"), ("--n", "0"), ("--yaw", "120"), ("--size", "4")]
+    "option",
+    [
+        ("--styles", "oil"),
+        ("--n", "0"),
+        ("--yaw", "120"),
+        ("--size", "4"),
+        ("--drawn-at", "32"),
+    ],
 )
 def test_wrong_options_are_named(tmp_path, capsys, option):
     with pytest.raises(SystemExit):
@@ -78,6 +85,22 @@ def test_a_head_depends_on_seed_and_index_alone(tmp_path):
     assert points.shape == (68, 2) and 0 < points.min() and points.max() < 32
     labels = np.asarray(Image.open(tmp_path / "a/labels/00000.png"))
     assert {0, 1, 3} <= set(np.unique(labels))
+
+
+@needs_data
+def test_drawn_larger_and_made_smaller():
+    mesh = heads_mesh.load(heads_mesh.data_folder())
+    large = heads.Options(out=None, size=128)
+    small = heads.Options(out=None, size=32, drawn_at=128)
+    (line, pictures, _), (own_line, own, labels) = (
+        heads.draw(mesh, options, ("cel", "paint"), 0) for options in (large, small)
+    )
+    for style, picture in pictures.items():
+        shrunk = Image.fromarray(picture).resize((32, 32), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(own[style], shrunk)
+        points, own_points = (x["landmarks"][style] for x in (line, own_line))
+        np.testing.assert_allclose(np.array(points) / 4, own_points, atol=0.01)
+    assert labels.shape == (32, 32) and {0, 1, 3} <= set(np.unique(labels))
 
 
 @needs_data
