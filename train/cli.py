@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -144,6 +145,19 @@ def with_profile(options: Any, profile: Mapping[str, Any], scheme: str) -> Any:
             f"option of train.{scheme}; pass --no-profile"
         )
     return options
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Options as somebody would type them: `--clip a b --batch 8 --improve-shape`."""
+    words = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *map(str, several)]
+    return shlex.join(words)
 
 
 def working(module: Any, run: RunOptions) -> Any:

@@ -58,6 +58,7 @@ from train import optim, references, sharding, styles
 from train.cli import (
     RunOptions,
     Shared,
+    as_flags,
     parse,
     start,
     with_out,
@@ -532,8 +533,7 @@ def read(args: list[str] | None) -> Options:
         return options
     default = Options(ref=options.ref, weights=options.weights)
     default = with_profile(default, wanted, "jojo")
-    flags = (f"--{name.replace('_', '-')} {value}" for name, value in wanted.items())
-    print(f"defaults of {options.weights}: {' '.join(flags)}")
+    print(f"defaults of {options.weights}: {as_flags(wanted)}", flush=True)
     return parse(Options, __doc__, args, default)
 
 

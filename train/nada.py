@@ -60,6 +60,7 @@ from train import nada_layers, nada_losses, optim, references, sharding, styles
 from train.cli import (
     RunOptions,
     Shared,
+    as_flags,
     parse,
     start,
     with_out,
@@ -614,7 +615,7 @@ def read(args: list[str] | None) -> Options:
     wanted: dict[str, Any] = {}
     if options.preset:
         wanted = dict(PRESETS[options.preset])
-        print(f"preset {options.preset}: {wanted}", flush=True)
+        print(f"preset {options.preset}: {as_flags(wanted)}", flush=True)
     elif options.ref:
         wanted = {"steps": PICTURE_STEPS}
     if options.profile and not options.clip:
@@ -625,7 +626,7 @@ def read(args: list[str] | None) -> Options:
         if chooses or options.choose_steps or options.improve_shape:
             profile.pop("phase", None)  # both choose the layers
         if profile:
-            print(f"{options.weights} recommend for themselves: {profile}", flush=True)
+            print(f"defaults of {options.weights}: {as_flags(profile)}", flush=True)
         wanted |= profile
     if not wanted:
         return options

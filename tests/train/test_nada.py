@@ -476,7 +476,9 @@ def test_what_the_weights_recommend(tmp_path, base, capsys):
     assert options.clip == ("a", "b") and options.terms.lambda_crop == 2.5
     assert (options.run.batch, options.phase) == (6, "all")
     assert (options.run.steps, options.terms.lambda_direction) == (300, 1)
-    assert "recommend for themselves: {'clip': ['a', 'b']" in capsys.readouterr().out
+    assert f"defaults of {args[1]}: --clip a b --lambda-crop 2.5" in (
+        capsys.readouterr().out
+    )
     assert nada.read([*args, "--lambda-crop", "0"]).terms.lambda_crop == 0
     assert nada.read([*args, "--preset", "mona-lisa"]).run.steps == 200
     for chooses in (["--choose-steps", "1"], ["--preset", "zombie"]):
