@@ -353,10 +353,12 @@ def prepare(
         raise UserError(
             "--eyes and --mouth belong together: --eyes x,y x,y --mouth x,y"
         )
-    if options.eyes and not options.align:
+    told = options.eyes or options.landmarks != AlignOptions.landmarks
+    if told and not options.align:
+        what = "--eyes and --mouth say" if options.eyes else "--landmarks says"
         raise UserError(
-            "--eyes and --mouth say where the face is, --no-align takes the picture as "
-            "it is; leave one of them out"
+            f"{what} where the face is, --no-align takes the picture as it is; leave "
+            "one of them out"
         )
     image = images.open_image(path)
     if not options.align:

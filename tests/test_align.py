@@ -201,6 +201,8 @@ def test_prepare_by_hand_and_from_a_file(photo, tmp_path, golden):
             align.prepare(photo, 64, AlignOptions(mouth="1,2", align=aligned))
     with pytest.raises(UserError, match="--eyes and --mouth .* --no-align"):
         align.prepare(photo, 64, dataclasses.replace(hand, align=False))
+    with pytest.raises(UserError, match="--landmarks says .* --no-align"):
+        align.prepare(photo, 64, AlignOptions(landmarks="dlib", align=False))
 
 
 def test_no_align_crops_the_centre_and_says_so(photo, capsys):
