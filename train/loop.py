@@ -152,7 +152,7 @@ def fit(
             if ended:
                 log.say(f"{folder} was ended by its own rule and trains no more")
             elif resumed and begin >= end:
-                log.say(f"{folder} has {begin} steps already; --steps is {run.steps}")
+                log.say(f"{folder} is at step {begin} already; --steps is {run.steps}")
             elif resumed:
                 log.say(f"continuing {folder} at step {begin} of {run.steps}")
             elif draw:

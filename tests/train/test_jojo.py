@@ -749,7 +749,7 @@ def test_each_style_becomes_a_folder(tmp_path, capsys):
     assert {"loss", "loss/b", "loss/c", "learns", "learns/c"} <= line.keys()
     # Nothing is done twice.
     jojo.main([str(a) for a in args])
-    assert "has 3 steps already" in capsys.readouterr().out
+    assert "at step 3 already" in capsys.readouterr().out
 
 
 @pytest.mark.slow
