@@ -694,11 +694,11 @@ def optimizer(options: Options) -> optax.GradientTransformation:
         return options.lr * jnp.clip(jnp.minimum(up, down), 0, 1)
 
     return optax.adamw(
-        rate, 0.9, 0.98, eps=1e-6, weight_decay=options.weight_decay, mask=_is_matrix
+        rate, 0.9, 0.98, eps=1e-6, weight_decay=options.weight_decay, mask=is_matrix
     )
 
 
-def _is_matrix(params: Any) -> Any:
+def is_matrix(params: Any) -> Any:
     """Norms, biases and the scale do not decay; layers lie along a first axis."""
 
     def decays(path, _):
@@ -851,6 +851,37 @@ def first_params(options: Options, module: CLIP, key: Array) -> Any:
     return found | {"text": found["text"] | {"token_embedding": table}}
 
 
+def write_model(
+    out: str | Path,
+    tokenizer: Any,
+    module: CLIP,
+    params: Any,
+    held: Sequence,
+    metadata: Mapping[str, Any],
+) -> None:
+    """OUT/model, without the words that the model has not learned.
+
+    Args:
+      out: the run.
+      tokenizer: CLIP's.
+      module, params: the model.
+      held: held-out items of `Heads`.
+      metadata: of the run.
+    """
+    shares = what_it_names(module, params, held)
+    module, params, templates = forgetting(tokenizer, module, params, shares)
+    print(f"named rightly: {shares}; the other words are left out of the model")
+    weights.save(
+        f"{out}/model",
+        {"clip": module},
+        {"clip": params},
+        metadata={**metadata, "templates": templates, "named": shares},
+        dtype="float16",
+        overwrite=True,
+    )
+    print(f"network: {out}/model")
+
+
 @cli
 def main(args: list[str] | None = None) -> None:
     """`python -m train.clip_heads`."""
@@ -909,21 +940,9 @@ def main(args: list[str] | None = None) -> None:
         },
         validate=(options.validate_every, make_validate(module, held)),
     )
-    out = f"{options.run.out}/model"
     params = sharding.fetch(state.params["clip"])
     if jax.process_index() == 0:
-        shares = what_it_names(module, params, held)
-        module, params, templates = forgetting(tokenizer, module, params, shares)
-        print(f"named rightly: {shares}; the other words are left out of the model")
-        weights.save(
-            out,
-            {"clip": module},
-            {"clip": params},
-            metadata=metadata | {"templates": templates, "named": shares},
-            dtype="float16",
-            overwrite=True,
-        )
-        print(f"network: {out}")
+        write_model(options.run.out, tokenizer, module, params, held, metadata)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ ARGUMENTS = {
     "--validate-count 2",
     "clip_heads": "--data {heads} --held-out 4 --size 16 --width 32 --batch 8 "
     "--vision-layers 1 --text-layers 1",
+    "clip_gradients": "--data {drawn} --held-out 2 --batch 8 --mixes 10",
     # A step that is seen: of two pictures that hardly differ the direction is rounding.
     "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch "
     "--lr 0.1 --lambda-global 1 --lambda-crop 1",
@@ -89,15 +90,16 @@ def material(tmp_path_factory):
         picture = coarse.repeat(8, 0).repeat(8, 1)
         images.save_image(folder / "faces" / f"{i:02d}.png", picture)
     images.save_image(folder / "photo.png", picture)
-    (folder / "heads").mkdir()
-    for style in ("photo", "pencil"):
-        heads = rng.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
-        np.save(folder / "heads" / f"{style}.npy", heads)
-    np.save(folder / "heads" / "labels.npy", heads[..., 0] // 64)
     head = {"age": 0.8, "melanin": 0.1, "hair": [0.6] * 3, "hair_line": "round"}
     head |= {"hair_length": 0.0, "beard": 0.5, "targets": {}}
     rows = [json.dumps(head | {"male": i % 2}) for i in range(12)]
-    (folder / "heads" / "heads.jsonl").write_text("\n".join(rows) + "\n")
+    for name, size in (("heads", 16), ("drawn", 64)):
+        (folder / name).mkdir()
+        for style in ("photo", "pencil"):
+            heads = rng.integers(0, 256, (12, size, size, 3)).astype(np.uint8)
+            np.save(folder / name / f"{style}.npy", heads)
+        np.save(folder / name / "labels.npy", heads[..., 0] // 64)
+        (folder / name / "heads.jsonl").write_text("\n".join(rows) + "\n")
     clip = SMALL.clone(vocab_size=49408)
     params = {"clip": clip.init_params(key=jax.random.key(3))}
     weights.save(folder / "clip", {"clip": clip}, params)
@@ -114,7 +116,7 @@ def material(tmp_path_factory):
     parts = [weights.load(dual / name) for name in ("stage1", "codes")]
     networks, params = ({**a, **b} for a, b in zip(*parts, strict=True))
     weights.save(dual / "style", networks, params)
-    names = ("base", "heads", "faces", "clip", "style", "dual")
+    names = ("base", "heads", "drawn", "faces", "clip", "style", "dual")
     return {n: folder / n for n in names} | {"photo": folder / "photo.png"}
 
 
@@ -202,6 +204,7 @@ def test_processes_do_what_one_does(scheme, material, tmp_path):
 MODELS = {
     "destylize": "",
     "clip_heads": "model",
+    "clip_gradients": "model",
     "warm_start": "model",
     "nada": "styles",
 }
