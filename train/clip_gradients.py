@@ -327,10 +327,13 @@ def style_of(run: Path) -> str:
       UserError: no such run, or its target is none of the styles' words.
     """
     target = weights.read_config(run)["metadata"].get("target", "")
-    for style, words in WORDS["style"].items():
+    styles = {
+        style: words for style, words in WORDS["style"].items() if style != "photo"
+    }
+    for style, words in styles.items():
         if target.removeprefix("a ").removeprefix("an ") in words:
             return style
-    known = ", ".join(word for words in WORDS["style"].values() for word in words)
+    known = ", ".join(word for words in styles.values() for word in words)
     raise UserError(
         f"--runs {run} went to {target!r}; the styles of train.heads are called {known}"
     )

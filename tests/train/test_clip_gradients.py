@@ -231,9 +231,10 @@ def test_runs_it_takes(tmp_path, tokenizer):
 
     assert clip_gradients.style_of(run("a", target="a pencil drawing")) == "pencil"
     assert clip_gradients.style_of(run("b", target="an oil painting")) == "paint"
-    zebra = run("c", target="a zebra", scheme="nada")
-    with pytest.raises(UserError, match="went to 'a zebra'.*cartoon"):
-        list(clip_gradients.generators([zebra], base))
+    for name, target in (("c", "a zebra"), ("p", "a photo")):
+        other = run(name, target=target, scheme="nada")
+        with pytest.raises(UserError, match=f"went to '{target}'.*cartoon"):
+            list(clip_gradients.generators([other], base))
     for other in (run("d", scheme="jojo"), run("e", scheme="nada", styles=["a", "b"])):
         with pytest.raises(UserError, match="is no run of train.nada with one"):
             list(clip_gradients.generators([other], base))
