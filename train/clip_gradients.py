@@ -418,7 +418,8 @@ def alignment(a: Array, b: Array, square: int) -> Array:
 
     def pooled(x):
         n, h, w, c = x.shape
-        x = x.reshape(n, h // square, square, w // square, square, c).mean((2, 4))
+        side = min(square, h)
+        x = x.reshape(n, h // side, side, w // side, side, c).mean((2, 4))
         return x.reshape(n, -1)
 
     a, b = pooled(a), pooled(b)

@@ -102,6 +102,9 @@ def test_gradients_are_compared_by_means_over_squares():
     found = clip_gradients.alignment(a + 50 * checks[None, :, :, None], a, 4)
     np.testing.assert_allclose(found, 1, rtol=1e-3)
     assert np.isfinite(clip_gradients.alignment(a, np.zeros_like(a), 1)).all()
+    # A square larger than the pictures is the whole of them.
+    found = clip_gradients.alignment(a, b, 16)
+    np.testing.assert_allclose(found, clip_gradients.alignment(a, b, 8), rtol=1e-6)
 
 
 def test_drawings_are_told_from_others_by_the_direction():
