@@ -343,8 +343,8 @@ def generators(runs: Sequence[Path], base: Params) -> Iterator[tuple[Params, str
     """The generators at all checkpoints of the runs, and the style they go to.
 
     Raises:
-      UserError: a folder that is no run of `train.nada` that moves one generator, or
-        that began with another one.
+      UserError: a folder that is no run of `train.nada` that moves one generator, has
+        no checkpoints, or began with another generator.
     """
     for run in runs:
         metadata = weights.read_config(run)["metadata"]
@@ -352,8 +352,13 @@ def generators(runs: Sequence[Path], base: Params) -> Iterator[tuple[Params, str
             raise UserError(
                 f"--runs {run} is no run of train.nada with one --target; give such"
             )
-        style = style_of(run)
-        for step in weights.checkpoint_steps(run):
+        style, steps = style_of(run), weights.checkpoint_steps(run)
+        if not steps:
+            raise UserError(
+                f"--runs {run} holds no checkpoints; give the folder of a run of "
+                "train.nada"
+            )
+        for step in steps:
             params = weights.load(run, step=step)[1]["generator"]
             if not _same(params["mapping"], base["mapping"]):
                 raise UserError(

@@ -238,6 +238,12 @@ def test_runs_it_takes(tmp_path, tokenizer):
         other = run(name, target=target, scheme="nada")
         with pytest.raises(UserError, match=f"went to '{target}'.*cartoon"):
             list(clip_gradients.generators([other], base))
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        list(
+            clip_gradients.generators(
+                [run("n", target="a cartoon", scheme="nada")], base
+            )
+        )
     for other in (run("d", scheme="jojo"), run("e", scheme="nada", styles=["a", "b"])):
         with pytest.raises(UserError, match="is no run of train.nada with one"):
             list(clip_gradients.generators([other], base))
@@ -259,6 +265,11 @@ def test_a_short_training_after_a_run_of_nada(tmp_path, capsys):
             "1",
         ]
     )
+    base = weights.load("heads")[1]["generator"]
+    assert [s for _, s in clip_gradients.generators([followed], base)] == ["cel"] * 2
+    other = base | {"mapping": jax.tree.map(lambda x: x + 1, base["mapping"])}
+    with pytest.raises(UserError, match="began with another generator"):
+        list(clip_gradients.generators([followed], other))
     out = tmp_path / "run"
     args = f"--data {heads} --held-out 4 --batch 4 --mixes 6 --drawn 3 --mesh-data 1"
     args += f" --runs {followed} --steps 2 --log-every 1 --validate-every 1 --out"
