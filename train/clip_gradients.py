@@ -45,10 +45,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from PIL import Image
 
-from jaxstyle import pipeline, weights
-from jaxstyle.encoding import CROP_SIZE, encode_pictures, load_encoder
+from jaxstyle import images, pipeline, weights
+from jaxstyle.encoding import encode_pictures, load_encoder
 from jaxstyle.errors import UserError, cli
 from jaxstyle.features import clip_text
 from jaxstyle.features.clip import CLIP, normalise
@@ -221,7 +220,7 @@ class Changes:
 
     def __init__(self, heads, generator: Generator, base: Params, codes, rng):
         self.heads, self.generator, self.rng = heads, generator, rng
-        self.base, self.codes = base, codes
+        self.codes = codes
         self.inverted = self.draw(base, codes)
         self.lpips = weights.load("lpips_alexnet")
 
@@ -269,7 +268,7 @@ class Changes:
         slopes = self.slopes(photos + changes, truths)
         shown = self.rng.random(len(heads)) < 0.5
         sources = np.where(shown[:, None, None, None], photos, self.inverted[places])
-        sources = levels(sources)
+        sources = images.to_uint8(sources)
         pictures = np.clip(values(sources) + changes, -1.3, 1.3).astype(np.float16)
         rows = zip(sources, pictures, slopes, heads, named, strict=True)
         return [Example(*row) for row in rows]
@@ -313,11 +312,6 @@ def digest(heads: Sequence[Head], runs: Sequence[Path]) -> str:
 def values(picture: np.ndarray) -> np.ndarray:
     """uint8 to [-1, 1]."""
     return picture / np.float32(127.5) - 1
-
-
-def levels(picture: np.ndarray) -> np.ndarray:
-    """[-1, 1] to uint8."""
-    return np.clip(np.rint((picture + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def style_of(run: Path) -> str:
@@ -565,22 +559,10 @@ def make_step(module: CLIP, tx: optax.GradientTransformation, options: Options):
 
 
 def optimizer(options: Options) -> optax.GradientTransformation:
-    """AdamW, the rate rising for 5 % of the steps, falling for 30 %."""
-    steps = options.run.steps
-
-    def rate(step):
-        up, down = step / max(0.05 * steps, 1), (steps - step) / max(0.3 * steps, 1)
-        return options.lr * jnp.clip(jnp.minimum(up, down), 0, 1)
-
-    adam = optax.adamw(
-        rate,
-        0.9,
-        0.98,
-        eps=1e-6,
-        weight_decay=options.weight_decay,
-        mask=clip_heads.is_matrix,
+    """That of `train.clip_heads`, with a longer fall, after steep gradients are cut."""
+    return optax.chain(
+        optax.clip_by_global_norm(5.0), clip_heads.optimizer(options, fall=0.3)
     )
-    return optax.chain(optax.clip_by_global_norm(5.0), adam)
 
 
 def make_validate(module: CLIP, options: Options, held: Sequence, transform):
@@ -637,11 +619,7 @@ def make_examples(
             f"train.heads OUT --size {generator.size}`"
         )
     photos = np.stack([head.drawings["photo"] for head in heads])
-    # As a file would be read: encoders see pictures larger than these.
-    side = (CROP_SIZE, CROP_SIZE)
-    large = [Image.fromarray(x).resize(side, Image.Resampling.BILINEAR) for x in photos]
-    large = values(np.stack([np.asarray(x) for x in large]))
-    codes = encode_pictures(encoder, generator, base, large, batch=8)
+    codes = encode_pictures(encoder, generator, base, values(photos), batch=8)
     make = Changes(heads, generator, base, codes, np.random.default_rng(seed))
     examples = make.mixes(mixes)
     for params, style in generators(options.runs, base):

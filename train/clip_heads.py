@@ -685,20 +685,25 @@ def make_step(module: CLIP, tx: optax.GradientTransformation, options: Options):
     return step
 
 
-def optimizer(options: Options) -> optax.GradientTransformation:
-    """AdamW as published, the rate rising for 5 % of the steps, falling for 15 %."""
+def optimizer(options: Any, fall: float = 0.15) -> optax.GradientTransformation:
+    """AdamW as published, the rate rising for 5 % of the steps.
+
+    Args:
+      options: with `run.steps`, `lr` and `weight_decay`.
+      fall: share of the steps, at the end, in which it falls.
+    """
     steps = options.run.steps
 
     def rate(step):
-        up, down = step / max(0.05 * steps, 1), (steps - step) / max(0.15 * steps, 1)
+        up, down = step / max(0.05 * steps, 1), (steps - step) / max(fall * steps, 1)
         return options.lr * jnp.clip(jnp.minimum(up, down), 0, 1)
 
     return optax.adamw(
-        rate, 0.9, 0.98, eps=1e-6, weight_decay=options.weight_decay, mask=is_matrix
+        rate, 0.9, 0.98, eps=1e-6, weight_decay=options.weight_decay, mask=_is_matrix
     )
 
 
-def is_matrix(params: Any) -> Any:
+def _is_matrix(params: Any) -> Any:
     """Norms, biases and the scale do not decay; layers lie along a first axis."""
 
     def decays(path, _):

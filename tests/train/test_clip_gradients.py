@@ -12,18 +12,8 @@ from convert.clip import load_clip
 from jaxstyle import weights
 from jaxstyle.errors import UserError
 from jaxstyle.features import clip_text
+from tests.train.test_clip_heads import HEAD
 from train import clip_gradients, clip_heads, nada, nada_losses
-
-HEAD = {
-    "male": 0.9,
-    "age": 0.8,
-    "melanin": 0.1,
-    "hair": [0.6, 0.6, 0.6],
-    "hair_line": "round",
-    "hair_length": 0.0,
-    "beard": 0.5,
-    "targets": {"mouthSmileLeft": 0.6},
-}
 
 
 def save_heads(folder, n=10, size=64, styles=("photo", "cel")):
