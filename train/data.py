@@ -392,7 +392,7 @@ class _Rows(Sequence):
             self.transform,
             (self.seed, position),
         )
-        return {k: np.ascontiguousarray(v) for k, v in example.items()} | {
+        return {k: np.asarray(v, order="C") for k, v in example.items()} | {
             "broken": np.int64(broken)
         }
 

@@ -65,6 +65,14 @@ def test_position_is_kept():
     np.testing.assert_array_equal(take(other, 4), expected)
 
 
+def test_numbers_of_an_item_become_one_axis():
+    def transform(item, rng):
+        return {"image": item[:, ::-1], "number": np.float32(3)}
+
+    batch = next(data.batches(MARKED, 4, mesh_of(1), seed=0, transform=transform))
+    assert batch["number"].shape == (4,) and batch["image"].shape[1:] == MARKED[0].shape
+
+
 def test_mirror_flips_about_half():
     images = take(
         data.batches(MARKED, 12, mesh_of(1), seed=0, transform=data.mirrored), 20
