@@ -1,8 +1,8 @@
-"""A small CLIP whose gradients lead a generator to the drawings themselves.
+"""Small CLIPs whose gradients lead a generator to the drawings themselves.
 
 A CLIP of `train.clip_heads` knows a cartoon from a photo; a generator that follows it
 in `train.nada` finds, after fifty steps, changes that please it and are no cartoon.
-Here such a model goes on to learn where its gradients have to point, at pictures
+Here such models go on to learn where their gradients have to point, at pictures
 between photos and drawings and at those of generators that have followed such models.
 
 1. l(x) is NADA's directional loss (Gal et al., arXiv 2108.00946, eq. 3) of a picture x
@@ -11,24 +11,32 @@ between photos and drawings and at those of generators that have followed such m
    1 - cos(P ∇l, P ∇d), with P the means over squares of 1, 4 and 16 px. Ganz et al.
    (arXiv 2207.11378) align the gradients of classifiers so, with the way to pictures
    of a class.
-2. Which x: a head's photo, mixed with its drawing; and what generators of earlier runs
+2. What a generator learns is the sum over heads, and over the models that it follows:
+   with J the Jacobian of a generator's pictures by its weights, 1 - cos(Σ Jᵀ∇l, Σ Jᵀ∇d)
+   over some heads that one generator has drawn. The cosine is taken for each array of
+   the weights and counts by what that array adds to a step of Adam down d, the square
+   root of its size times the length of its gradient. An error that heads share moves
+   the generator, one that each has of its own is lost in the sum: this loss sees the
+   first.
+3. Which x: a head's photo, mixed with its drawing; and what generators of earlier runs
    of `train.nada` draw, at each of their checkpoints, for the inversion of that photo.
-   Run by run the model learns what to say where the one before it has led (Ross et
+   Run by run the models learn what to say where the one before it has led (Ross et
    al., arXiv 1011.0686: the data of all runs are kept).
-3. Beside that a contrastive loss, by the same direction, of the drawing against x and
+4. Beside that a contrastive loss, by the same direction, of the drawing against x and
    other heads' drawings; 1 - the drawing's cosine; and that of the captions.
 
     python -m train.heads heads --n 404 --seed 2 --size 64 --drawn-at 256 \\
         --format npy --styles photo,cel,duotone,pencil,paint
     python -m train.clip_gradients --data heads --out runs/guide-1
-    python -m train.nada --clip runs/guide-1/model --source "a photo" \\
+    python -m train.nada --clip runs/guide-1/model-* --source "a photo" \\
         --target "a cartoon" --save-every 20 --keep 20 --out runs/nada-1
-    python -m train.clip_gradients --data heads --weights runs/guide-1/model \\
+    python -m train.clip_gradients --data heads --weights runs/guide-1/model-* \\
         --runs runs/nada-1 --out runs/guide-2
 
-On two cores a step with clip_heads takes a second, the preparation one for ten to
-fifteen pictures. OUT/model holds the averaged towers in half precision. In
-metrics.jsonl: `pixels`, `squares_4`, `squares_16`, the cosines of 1.; `truth` and
+On two cores a step of two models takes two to three seconds, the preparation one for
+ten to fifteen pictures. OUT/model-1, OUT/model-2 hold the averaged towers in half
+precision. In metrics.jsonl: `pixels`, `squares_4`, `squares_16`, the cosines of 1.;
+`weights`, that of 2., of the pictures of --runs (0 where a step has none); `truth` and
 `here`, 1 - the cosine of NADA's direction for the drawings and for x; with `val_`, of
 the held-out heads.
 """
@@ -45,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
 from jaxstyle import images, pipeline, weights
 from jaxstyle.encoding import encode_pictures, load_encoder
@@ -66,21 +75,25 @@ SENTENCES, CROPS = 4, 2
 # Cosines are sharpened by this before the softmax of the contrastive loss.
 SHARPNESS = 15.0
 EMA = 0.98
+# Each device draws its own groups with their generators.
+RULES = ((r"^frozen/", P()), *sharding.RULES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A small CLIP whose gradients lead to the drawings."""
+    """Small CLIPs whose gradients lead to the drawings."""
 
     data: tuple[Path, ...]
     """Folders that `train.heads` wrote with --format npy, of photos and other
     styles."""
-    weights: str = "clip_heads"
-    """A run of this scheme or of `train.clip_heads`, or a model that one has written:
-    goes on from it."""
+    weights: tuple[str, ...] = ("clip_heads", "clip_heads_lines")
+    """Models that this scheme or `train.clip_heads` has written: goes on from them.
+    They learn together, as `train.nada` follows them together."""
     run: Shared = RunOptions(
-        steps=400, batch=16, log_every=20, sample_every=0, save_every=100
+        steps=400, batch=2, log_every=20, sample_every=0, save_every=100
     )
+    together: int = 8
+    """Heads in each of --batch groups; those of a group were drawn by one generator."""
     runs: tuple[Path, ...] = ()
     """Runs of `train.nada` on --generator with a sentence that names a style, as "a
     cartoon"; the pictures at all their checkpoints are learned from."""
@@ -99,7 +112,9 @@ class Options:
     weight_decay: float = 0.05
     """AdamW's."""
     lambda_gradient: float = 2.0
-    """Weight of the loss on the gradients."""
+    """Weight of the loss on the gradients of pictures."""
+    lambda_weights: float = 2.0
+    """Weight of that on the gradients of a generator's weights, with --runs."""
     lambda_direction: float = 1.0
     """Weight of what tells drawings from others by their direction."""
     lambda_caption: float = 0.5
@@ -175,6 +190,8 @@ class Example(NamedTuple):
       source: what it was made from, uint8 [size, size, 3].
       picture: float16 [size, size, 3], nominally in [-1, 1].
       slope: where the drawing lies, float16 [size, size, 3], of mean square 1.
+      length: the root of the mean square before.
+      code: of the photo's inversion, w_plus [num_ws, w_dim].
       head: whose it is.
       style: that of the drawing, of `VALUES`.
     """
@@ -182,22 +199,39 @@ class Example(NamedTuple):
     source: np.ndarray
     picture: np.ndarray
     slope: np.ndarray
+    length: np.float32
+    code: np.ndarray
     head: Head
     style: str
 
 
-class Examples(Sequence):
-    """Examples as a data set."""
+class Drawn(NamedTuple):
+    """Examples that one generator has drawn, or, with `generator` -1, mixes."""
 
-    def __init__(self, examples: Sequence[Example], folders: Sequence[Path]):
-        self.examples = examples
+    generator: int
+    examples: Sequence[Example]
+
+
+class Groups(Sequence):
+    """A data set with an item for each example, it and others of the same generator.
+
+    Args:
+      sets: all examples.
+      together: examples in an item.
+      folders: where they are from.
+    """
+
+    def __init__(self, sets: Sequence[Drawn], together: int, folders: Sequence[Path]):
+        self.sets, self.together = sets, together
+        self.places = [(i, j) for i, x in enumerate(sets) for j in range(len(x[1]))]
         self.folders = [str(folder) for folder in folders]
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.places)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    def __getitem__(self, index: int) -> tuple[Drawn, int, int]:
+        i, j = self.places[index]
+        return self.sets[i], j, self.together
 
     def name(self, index: int) -> str:
         """Which one."""
@@ -249,14 +283,14 @@ class Changes:
     def drawn(self, params: Params, style: str, count: int) -> list[Example]:
         """What a generator on its way to a style has made of some heads.
 
-        Each change is weakened or strengthened a little, from 0.6 to 1.15 times.
+        Each change is weakened or strengthened, from 0.6 to 1.4 times.
         """
         having = [i for i, head in enumerate(self.heads) if style in head.drawings]
         if not having:
             raise UserError(f"--runs has one to the style {style}; --data has no such")
         places = self.rng.permutation(having)[:count]
         changes = self.draw(params, self.codes[places]) - self.inverted[places]
-        strength = self.rng.uniform(0.6, 1.15, (len(places), 1, 1, 1))
+        strength = self.rng.uniform(0.6, 1.4, (len(places), 1, 1, 1))
         return self.examples(places, [style] * len(places), strength * changes)
 
     def examples(self, places, named, changes: np.ndarray) -> list[Example]:
@@ -265,16 +299,17 @@ class Changes:
         photos = values(np.stack([head.drawings["photo"] for head in heads]))
         truths = [h.drawings[s] for h, s in zip(heads, named, strict=True)]
         truths = values(np.stack(truths))
-        slopes = self.slopes(photos + changes, truths)
+        slopes, lengths = self.slopes(photos + changes, truths)
         shown = self.rng.random(len(heads)) < 0.5
         sources = np.where(shown[:, None, None, None], photos, self.inverted[places])
         sources = images.to_uint8(sources)
         pictures = np.clip(values(sources) + changes, -1.3, 1.3).astype(np.float16)
-        rows = zip(sources, pictures, slopes, heads, named, strict=True)
+        codes = self.codes[places]
+        rows = zip(sources, pictures, slopes, lengths, codes, heads, named, strict=True)
         return [Example(*row) for row in rows]
 
-    def slopes(self, pictures: np.ndarray, truths: np.ndarray) -> np.ndarray:
-        """Down from pictures to truths, float16 [n, size, size, 3]."""
+    def slopes(self, pictures: np.ndarray, truths: np.ndarray):
+        """Down from pictures to truths: `slope` and `length` of an `Example`."""
         model, params = self.lpips
         found = pipeline.in_batches(
             lambda rows: downhill(params["lpips"], *rows, judge=model.lpips),
@@ -282,7 +317,8 @@ class Changes:
             min(8, len(pictures)),
         )
         length = np.sqrt(np.square(found).mean((1, 2, 3), keepdims=True))
-        return (found / np.maximum(length, 1e-12)).astype(np.float16)
+        slopes = (found / np.maximum(length, 1e-12)).astype(np.float16)
+        return slopes, length[:, 0, 0, 0]
 
 
 @partial(jax.jit, static_argnames="judge")
@@ -369,19 +405,35 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-def make_transform(tokenizer: Any, module: CLIP):
-    """An example to arrays, mirrored half the time, with sentences.
+class Transform:
+    """Arrays of a group of examples, each mirrored half the time, with sentences.
 
     `before` and `after` [SENTENCES, context] name the photo and the style, `facts` and
-    `claims` [2, len(WORDS)] and `tokens` [2, context] are those of source and drawing.
+    `claims` [2, len(WORDS)] and `tokens` [2, context] are those of source and drawing,
+    each with an axis [together] before them; `generator` is that of `Drawn`.
     """
 
-    def sentences(texts):
-        tokens = clip_text.tokenize(tokenizer, texts, module)
-        return np.pad(tokens, ((0, 0), (0, module.context_length - tokens.shape[1])))
+    def __init__(self, tokenizer: Any, module: CLIP):
+        self.tokenizer, self.module = tokenizer, module
 
-    def transform(example: Example, rng):
-        flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+    def __call__(self, item: tuple[Drawn, int, int], rng) -> dict[str, np.ndarray]:
+        """An item of `Groups` with others of its generator, drawn without order."""
+        drawn, place, together = item
+        others = [i for i in range(len(drawn.examples)) if i != place]
+        few = len(others) < together - 1
+        others = rng.choice(others or [place], together - 1, replace=few)
+        return self.rows(drawn, [place, *others], rng)
+
+    def rows(self, drawn: Drawn, places: Sequence[int], rng) -> dict[str, np.ndarray]:
+        """Some examples of a generator."""
+        rows = [self.example(drawn.examples[i], rng) for i in places]
+        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return stacked | {"generator": np.int32(drawn.generator)}
+
+    def example(self, example: Example, rng) -> dict[str, np.ndarray]:
+        """One example."""
+        mirrored = rng.random() < 0.5
+        flip = slice(None, None, -1 if mirrored else 1)
         facts = np.stack([example.head.facts] * 2)
         facts[:, 0] = PHOTO, VALUES["style"].index(example.style)
         said = []
@@ -399,14 +451,21 @@ def make_transform(tokenizer: Any, module: CLIP):
             "picture": example.picture[:, flip],
             "slope": example.slope[:, flip],
             "drawing": example.head.drawings[example.style][:, flip],
-            "before": sentences(before),
-            "after": sentences(after),
-            "tokens": sentences([clip_heads.caption(one, rng) for one in said]),
+            "mirrored": np.bool_(mirrored),
+            "length": np.float32(example.length),
+            "code": example.code,
+            "before": self.sentences(before),
+            "after": self.sentences(after),
+            "tokens": self.sentences([clip_heads.caption(one, rng) for one in said]),
             "claims": np.stack([clip_heads.claims(one) for one in said]),
             "facts": facts,
         }
 
-    return transform
+    def sentences(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens [len(texts), context]."""
+        tokens = clip_text.tokenize(self.tokenizer, texts, self.module)
+        length = self.module.context_length - tokens.shape[1]
+        return np.pad(tokens, ((0, 0), (0, length)))
 
 
 # Loss and step
@@ -424,6 +483,59 @@ def alignment(a: Array, b: Array, square: int) -> Array:
     a, b = pooled(a), pooled(b)
     lengths = jnp.sum(a * a, -1), jnp.sum(b * b, -1)
     return jnp.sum(a * b, -1) * lax.rsqrt(lengths[0] * lengths[1] + 1e-20)
+
+
+def pull(generator: Generator, ways: Mapping, batch: Mapping, slopes: Array) -> Array:
+    """Gradients of the weights of each group's generator by those of its pictures.
+
+    Args:
+      generator: the module.
+      ways: `base`, the parameters of the generator that all began as, and `synthesis`,
+        what moved, arrays [generators, ...].
+      batch: `generator` [groups], `code` [groups, together, num_ws, w_dim] and
+        `mirrored` [groups, together].
+      slopes: by the pictures, [groups, together, size, size, 3].
+
+    Returns:
+      Like `synthesis`, arrays [groups, ...]; of the base where a group has none.
+    """
+
+    def of_group(number, codes, slopes):
+        synthesis = jax.tree.map(lambda x: x[number], ways["synthesis"])
+
+        def draw(synthesis):
+            params = {**ways["base"], "synthesis": synthesis}
+            return generator.apply(
+                {"params": params}, codes, space="w_plus", noise="none"
+            )[0]
+
+        return jax.vjp(draw, synthesis)[1](slopes)[0]
+
+    mirrored = batch["mirrored"][..., None, None, None]
+    slopes = jnp.where(mirrored, slopes[:, :, :, ::-1], slopes)
+    return jax.vmap(of_group)(jnp.maximum(batch["generator"], 0), batch["code"], slopes)
+
+
+def weights_alignment(found: Params, wanted: Params) -> Array:
+    """How much of a step of Adam down `wanted` one down `found` has, [groups].
+
+    The mean of the arrays' cosines, each counted by the square root of its size times
+    the length of what is wanted there.
+
+    Args:
+      found, wanted: of `pull`.
+    """
+
+    def of_array(a, b):
+        a, b = (x.reshape(len(x), -1) for x in (a, b))
+        lengths = jnp.sum(a * a, -1), jnp.sum(b * b, -1)
+        # Of gradients of mean pictures these are far from rounding.
+        cosine = jnp.sum(a * b, -1) * lax.rsqrt(lengths[0] * lengths[1] + 1e-30)
+        return cosine, jnp.sqrt(a.shape[1] * lengths[1])
+
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    cosines, shares = map(jnp.stack, zip(*(of_array(*x) for x in pairs), strict=True))
+    return jnp.sum(cosines * shares, 0) / jnp.maximum(jnp.sum(shares, 0), 1e-20)
 
 
 def views(images: Array, boxes: Array, size: int) -> Array:
@@ -452,13 +564,16 @@ def told_apart(source: Array, x: Array, truth: Array, wanted: Array) -> Array:
     return -jnp.mean(own)
 
 
-def losses(module: CLIP, params: Any, batch: Mapping, boxes: Array) -> dict[str, Array]:
-    """What the model learns from, and what it tells; see the module's docstring.
+def losses_of_one(module: CLIP, params: Any, batch: Mapping, boxes: Array):
+    """What one model learns from and tells, but the weights of a generator.
 
     Args:
       module, params: the model.
-      batch: of `make_transform`, pictures in [-1, 1].
+      batch: examples [batch, ...] of `Transform`, pictures in [-1, 1].
       boxes: of the crops, see `train.nada_losses.crops`.
+
+    Returns:
+      Losses and measures by name; NADA's gradient by the pictures, of their shape.
     """
     count = len(batch["source"])
 
@@ -507,13 +622,46 @@ def losses(module: CLIP, params: Any, batch: Mapping, boxes: Array) -> dict[str,
     )
     logits = scale * shown @ captions.T
     found["caption"] = clip_heads.contrastive_loss(logits, true)
+    return found, slope
+
+
+def losses(
+    modules: Mapping[str, CLIP],
+    params: Mapping[str, Any],
+    batch: Mapping,
+    boxes: Array,
+    generator: Generator,
+    ways: Mapping,
+) -> dict[str, Array]:
+    """What the models learn from and tell, means over them; see the module's docstring.
+
+    Args:
+      modules, params: the models by name.
+      batch: of `Transform`, groups [groups, together, ...], pictures in [-1, 1].
+      boxes: of the crops, see `train.nada_losses.crops`.
+      generator, ways: see `pull`; an empty `ways` has no generators.
+    """
+    flat = {n: x.reshape(-1, *x.shape[2:]) for n, x in batch.items() if x.ndim > 1}
+    each = [losses_of_one(modules[n], params[n], flat, boxes) for n in modules]
+    found = jax.tree.map(lambda *x: sum(x) / len(x), *(losses for losses, _ in each))
+    found["weights"], found["generator"] = jnp.zeros(()), jnp.zeros(())
+    if ways:
+        down = -sum(slope for _, slope in each).reshape(batch["slope"].shape)
+        length = batch["length"][..., None, None, None]
+        wanted = pull(generator, ways, batch, length * batch["slope"])
+        aligned = weights_alignment(pull(generator, ways, batch, down), wanted)
+        moved = batch["generator"] >= 0
+        share = moved / jnp.maximum(jnp.sum(moved), 1)
+        found["weights"] = jnp.sum(share * aligned)
+        found["generator"] = jnp.sum(share * (1 - aligned))
     return found
 
 
 def total(options: Options, found: Mapping[str, Array]) -> Array:
     """The weighted sum."""
     names = ("gradient", "direction", "caption")
-    return sum(getattr(options, f"lambda_{name}") * found[name] for name in names)
+    kept = sum(getattr(options, f"lambda_{name}") * found[name] for name in names)
+    return kept + options.lambda_weights * found["generator"]
 
 
 def floats(batch: Mapping) -> dict:
@@ -527,31 +675,38 @@ def floats(batch: Mapping) -> dict:
     )
 
 
-def make_step(module: CLIP, tx: optax.GradientTransformation, options: Options):
+def make_step(
+    modules: Mapping[str, CLIP],
+    generator: Generator,
+    tx: optax.GradientTransformation,
+    options: Options,
+):
     """The step of the scheme for `fit`."""
 
-    def step(state: TrainState, _: Any, batch: Any) -> tuple[TrainState, dict]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
         batch, keys = floats(batch), jax.random.split(state.key, 5)
-        count, shape = len(batch["source"]), batch["source"].shape[1:]
+        shape = batch["source"].shape
         # One shift and one deviation for all three pictures of a head.
-        draws = sharding.sample_normal(keys[0], count, 2)[:, :, None, None, None]
-        shift, deviation = 0.02 * draws[:, 0], options.noise / 2 * jnp.abs(draws[:, 1])
+        draws = sharding.sample_normal(keys[0], *shape[:2], 2)[..., None, None, None]
+        shift = 0.02 * draws[:, :, 0]
+        deviation = options.noise / 2 * jnp.abs(draws[:, :, 1])
         for key, name in zip(keys[1:4], ("source", "picture", "drawing"), strict=True):
-            noise = sharding.sample_normal(key, count, *shape)
+            noise = sharding.sample_normal(key, *shape)
             batch[name] += shift + deviation * noise
-        boxes = nada_losses.crop_boxes(keys[4], count * CROPS)
+        boxes = nada_losses.crop_boxes(keys[4], shape[0] * shape[1] * CROPS)
 
         def loss(params):
-            found = losses(module, params, batch, boxes)
+            found = losses(modules, params, batch, boxes, generator, frozen)
             return total(options, found), found
 
-        params, opt_state = state.params["clip"], state.opt_state["clip"]
-        (value, found), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        params, opt_state = optim.apply(tx, grads, opt_state, params)
+        (value, found), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        params, opt_state = {}, {}
+        for name in modules:
+            params[name], opt_state[name] = optim.apply(
+                tx, grads[name], state.opt_state[name], state.params[name]
+            )
         state = state.replace(
-            params={"clip": params},
-            opt_state={"clip": opt_state},
-            ema={"clip": update_ema(state.ema["clip"], params, EMA)},
+            params=params, opt_state=opt_state, ema=update_ema(state.ema, params, EMA)
         )
         return state, found | {"loss": value}
 
@@ -565,50 +720,91 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     )
 
 
-def make_validate(module: CLIP, options: Options, held: Sequence, transform):
+def make_validate(
+    modules: Mapping[str, CLIP],
+    generator: Generator,
+    options: Options,
+    held: Sequence[Drawn],
+    transform: Transform,
+):
     """The losses on the held-out heads' examples, `val_loss` their weighted sum."""
-    rng, size = np.random.default_rng(0), options.run.batch
-    items = [transform(example, rng) for example in held]
-    every = {name: np.stack([item[name] for item in items]) for name in items[0]}
-    measure = jax.jit(partial(losses, module))
+    rng = np.random.default_rng(0)
+    size = min([options.together, *(len(drawn.examples) for drawn in held)])
+    items = [
+        transform.rows(drawn, range(i, i + size), rng)
+        for drawn in held
+        for i in range(0, len(drawn.examples) - size + 1, size)
+    ]
+    boxes = [
+        nada_losses.crop_boxes(jax.random.key(i), size * CROPS)
+        for i in range(len(items))
+    ]
+    measure = jax.jit(partial(losses, modules, generator=generator))
 
-    def validate(state: TrainState, _: Any) -> dict[str, float]:
+    def validate(state: TrainState, frozen: Any) -> dict[str, float]:
         found = []
-        for i in range(0, len(items) - size + 1, size):
-            batch = {n: x[i : i + size] for n, x in every.items()}
-            boxes = nada_losses.crop_boxes(jax.random.key(i), size * CROPS)
-            found.append(measure(state.ema["clip"], floats(batch), boxes))
+        for item, box in zip(items, boxes, strict=True):
+            batch = floats({name: x[None] for name, x in item.items()})
+            found.append(measure(state.ema, batch, box, ways=frozen))
         mean = {n: float(np.mean([one[n] for one in found])) for n in found[0]}
+        # Mixes have no generator: what they add to its means is 0.
+        moved = np.mean([item["generator"] >= 0 for item in items])
+        for name in ("weights", "generator"):
+            mean[name] /= max(moved, 1 / len(items))
         named = {f"val_{name}": x for name, x in mean.items()}
         return named | {"val_loss": total(options, mean)}
 
     return validate
 
 
-def first_model(options: Options, tokenizer: Any, key: Array) -> tuple[CLIP, dict]:
-    """The model of `--weights` with all words of the captions.
+def first_models(
+    options: Options, tokenizer: Any, key: Array
+) -> tuple[dict[str, CLIP], dict[str, Any]]:
+    """The models of `--weights` with all words of the captions, `clip_1`, `clip_2`, …
 
     Raises:
-      UserError: it is none of drawn heads.
+      UserError: one is none of drawn heads.
     """
-    model, _ = weights.load(options.weights)
-    scheme = weights.read_config(options.weights)["metadata"].get("scheme")
-    if "clip" not in model or scheme not in ("clip_heads", "clip_gradients"):
-        raise UserError(
-            f"--weights is {options.weights}; it must be a run of train.clip_heads or "
-            "train.clip_gradients, or the model that one has written"
-        )
     tokens = clip_heads.vocabulary(tokenizer)
-    module = model["clip"].clone(
-        token_ids=tokens, vocab_size=len(tokens), dtype=options.run.dtype
-    )
-    return module, clip_heads.first_params(options, module, key)
+    modules, params = {}, {}
+    for number, path in enumerate(options.weights, 1):
+        model, _ = weights.load(path)
+        scheme = weights.read_config(path)["metadata"].get("scheme")
+        if "clip" not in model or scheme not in ("clip_heads", "clip_gradients"):
+            raise UserError(
+                f"--weights is {path}; it must be a model that train.clip_heads or "
+                "train.clip_gradients has written, RUN/model or RUN/model-1"
+            )
+        module = model["clip"].clone(
+            token_ids=tokens, vocab_size=len(tokens), dtype=options.run.dtype
+        )
+        name = f"clip_{number}"
+        modules[name] = module
+        params[name] = clip_heads.first_params(
+            path, module, jax.random.fold_in(key, number)
+        )
+    return modules, params
 
 
-def make_examples(
-    options: Options, heads: Sequence[Head], mixes: int, drawn: int, seed: int
-) -> list[Example]:
-    """Examples of some heads: mixed ones, and so many of each checkpoint of --runs."""
+class Material(NamedTuple):
+    """What is learned from and measured on.
+
+    Attributes:
+      generator: the module.
+      ways: see `pull`; empty without --runs.
+      learned, held: examples, of heads to learn from and held out.
+    """
+
+    generator: Generator
+    ways: dict
+    learned: list[Drawn]
+    held: list[Drawn]
+
+
+def make_material(
+    options: Options, heads: Sequence[Head], held: Sequence[Head]
+) -> Material:
+    """Examples of the heads: mixed ones, and some of each checkpoint of --runs."""
     model, params = weights.load(options.generator)
     generator, base = model["generator"], params["generator"]
     encoder = load_encoder(options.encoder, generator)
@@ -618,13 +814,27 @@ def make_examples(
             f"{options.generator} draws {generator.size}: draw heads with `python -m "
             f"train.heads OUT --size {generator.size}`"
         )
-    photos = np.stack([head.drawings["photo"] for head in heads])
-    codes = encode_pictures(encoder, generator, base, values(photos), batch=8)
-    make = Changes(heads, generator, base, codes, np.random.default_rng(seed))
-    examples = make.mixes(mixes)
-    for params, style in generators(options.runs, base):
-        examples += make.drawn(params, style, drawn)
-    return examples
+
+    def changes(heads, seed):
+        photos = np.stack([head.drawings["photo"] for head in heads])
+        codes = encode_pictures(encoder, generator, base, values(photos), batch=8)
+        return Changes(heads, generator, base, codes, np.random.default_rng(seed))
+
+    learning, measuring = changes(heads, options.run.seed), changes(held, seed=0)
+    learned = [Drawn(-1, learning.mixes(options.mixes))]
+    measured = [Drawn(-1, measuring.mixes(8 * options.together))]
+    moved = []
+    for number, (drawn, style) in enumerate(generators(options.runs, base)):
+        learned.append(Drawn(number, learning.drawn(drawn, style, options.drawn)))
+        few = measuring.drawn(drawn, style, options.together)
+        measured.append(Drawn(number, few))
+        moved.append(drawn["synthesis"])
+    ways = {}
+    if moved:
+        still = {name: x for name, x in base.items() if name != "synthesis"}
+        synthesis = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *moved)
+        ways = {"base": still, "synthesis": synthesis}
+    return Material(generator, ways, learned, measured)
 
 
 @cli
@@ -634,16 +844,15 @@ def main(args: list[str] | None = None) -> None:
     run = options.run
     if options.held_out < 2:
         raise UserError(f"--held-out is {options.held_out}; it must be at least 2")
-    if min(options.mixes, options.drawn) < 1:
-        raise UserError(
-            f"--mixes is {options.mixes} and --drawn {options.drawn}; both must be at "
-            "least 1"
-        )
+    for name in ("mixes", "drawn", "together"):
+        if getattr(options, name) < 1:
+            raise UserError(
+                f"--{name} is {getattr(options, name)}; it must be at least 1"
+            )
     mesh = start(run)
     tokenizer = clip_text.load_tokenizer()
     keys = jax.random.split(jax.random.key(run.seed))
-    module, params = first_model(options, tokenizer, keys[0])
-    params = {"clip": params}
+    modules, params = first_models(options, tokenizer, keys[0])
     heads, held = read_heads(options.data, options.held_out)
     metadata = {"scheme": "clip_gradients", "templates": list(clip_heads.TEMPLATES)}
     identity = {
@@ -653,11 +862,10 @@ def main(args: list[str] | None = None) -> None:
     loop.check_folder(options, metadata, identity)
     if jax.process_index() == 0:
         print(f"drawing and comparing pictures of {len(heads) + len(held)} heads")
-    examples = make_examples(options, heads, options.mixes, options.drawn, run.seed)
-    measured = make_examples(options, held, 4 * run.batch, len(held), seed=0)
-    transform = make_transform(tokenizer, module)
+    material = make_material(options, heads, held)
+    transform = Transform(tokenizer, next(iter(modules.values())))
     batches = data.batches(
-        Examples(examples, options.data),
+        Groups(material.learned, options.together, options.data),
         run.batch,
         mesh,
         seed=run.seed,
@@ -666,23 +874,36 @@ def main(args: list[str] | None = None) -> None:
     tx = optimizer(options)
     state = loop.fit(
         options,
-        create_state(params, {"clip": tx}, key=keys[1], ema=("clip",)),
-        {},
-        [(1, make_step(module, tx, options))],
+        create_state(
+            params, dict.fromkeys(modules, tx), key=keys[1], ema=tuple(modules)
+        ),
+        material.ways,
+        [(1, make_step(modules, material.generator, tx, options))],
         batches,
-        networks={"clip": module},
+        networks=modules,
         mesh=mesh,
         metadata=metadata,
         identity=identity,
+        rules=RULES,
         validate=(
             options.validate_every,
-            make_validate(module, options, measured, transform),
+            make_validate(
+                modules, material.generator, options, material.held, transform
+            ),
         ),
     )
-    params = sharding.fetch(state.ema["clip"])
+    averaged = sharding.fetch(state.ema)
     if jax.process_index() == 0:
         pictures = clip_heads.Heads(options.data, options.held_out, train=False)
-        clip_heads.write_model(run.out, tokenizer, module, params, pictures, metadata)
+        for number, (name, module) in enumerate(modules.items(), 1):
+            clip_heads.write_model(
+                f"{run.out}/model-{number}",
+                tokenizer,
+                module,
+                averaged[name],
+                pictures,
+                metadata,
+            )
 
 
 if __name__ == "__main__":

@@ -831,23 +831,23 @@ def make_module(options: Options, tokenizer: Any) -> CLIP:
     )
 
 
-def first_params(options: Options, module: CLIP, key: Array) -> Any:
+def first_params(path: str | None, module: CLIP, key: Array) -> Any:
     """Random towers, or those of `--weights`; words that these lack begin at random.
 
     Raises:
       UserError: these are no CLIP, or one of other sizes.
     """
     params = module.init_params(key=key)
-    if not options.weights:
+    if not path:
         return params
-    model, found = weights.load(options.weights)
+    model, found = weights.load(path)
     words = {"token_ids": module.token_ids, "vocab_size": module.vocab_size}
     if (
         "clip" not in model
         or model["clip"].clone(dtype=module.dtype, **words) != module
     ):
         raise UserError(
-            f"--weights is {options.weights}; it must be a run of train.clip_heads of "
+            f"--weights is {path}; it must be a run of train.clip_heads of "
             "the same sizes, or the model that one has written"
         )
     known = [module.token_ids.index(token) for token in model["clip"].token_ids]
@@ -857,17 +857,17 @@ def first_params(options: Options, module: CLIP, key: Array) -> Any:
 
 
 def write_model(
-    out: str | Path,
+    folder: str | Path,
     tokenizer: Any,
     module: CLIP,
     params: Any,
     held: Sequence,
     metadata: Mapping[str, Any],
 ) -> None:
-    """OUT/model, without the words that the model has not learned.
+    """Write a model, without the words that it has not learned.
 
     Args:
-      out: the run.
+      folder: where to.
       tokenizer: CLIP's.
       module, params: the model.
       held: held-out items of `Heads`.
@@ -877,14 +877,14 @@ def write_model(
     module, params, templates = forgetting(tokenizer, module, params, shares)
     print(f"named rightly: {shares}; the other words are left out of the model")
     weights.save(
-        f"{out}/model",
+        folder,
         {"clip": module},
         {"clip": params},
         metadata={**metadata, "templates": templates, "named": shares},
         dtype="float16",
         overwrite=True,
     )
-    print(f"network: {out}/model")
+    print(f"network: {folder}")
 
 
 @cli
@@ -913,7 +913,7 @@ def main(args: list[str] | None = None) -> None:
     held = Heads(options.data, options.held_out, train=False)
     tx = optimizer(options)
     keys = jax.random.split(jax.random.key(options.run.seed))
-    params = {"clip": first_params(options, module, keys[0])}
+    params = {"clip": first_params(options.weights, module, keys[0])}
     metadata = {"scheme": "clip_heads", "templates": list(TEMPLATES)}
     batches = data.batches(
         source,
@@ -947,7 +947,8 @@ def main(args: list[str] | None = None) -> None:
     )
     params = sharding.fetch(state.params["clip"])
     if jax.process_index() == 0:
-        write_model(options.run.out, tokenizer, module, params, held, metadata)
+        folder = f"{options.run.out}/model"
+        write_model(folder, tokenizer, module, params, held, metadata)
 
 
 if __name__ == "__main__":

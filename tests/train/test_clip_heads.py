@@ -349,8 +349,7 @@ def test_a_short_training(tmp_path, capsys, tokenizer):
     # Or from a model that has forgotten words, which begin anew.
     few = {"data": (), "size": 16, "width": 32, "vision_layers": 1, "text_layers": 1}
     module = clip_heads.make_module(clip_heads.Options(**few), tokenizer)
-    options = clip_heads.Options(**few, weights=str(out / "model"))
-    params = clip_heads.first_params(options, module, jax.random.key(1))
+    params = clip_heads.first_params(out / "model", module, jax.random.key(1))
     kept = np.isin(module.token_ids, judge.module.token_ids)
     assert 0 < kept.sum() < len(kept)
     table = params["text"]["token_embedding"]

@@ -38,7 +38,7 @@ ARGUMENTS = {
     "--validate-count 2",
     "clip_heads": "--data {heads} --held-out 4 --size 16 --width 32 --batch 8 "
     "--vision-layers 1 --text-layers 1",
-    "clip_gradients": "--data {drawn} --held-out 2 --batch 8 --mixes 10",
+    "clip_gradients": "--data {drawn} --held-out 2 --batch 8 --mixes 10 --together 1",
     # A step that is seen: of two pictures that hardly differ the direction is rounding.
     "nada": "--weights {base} --clip {clip} --batch 8 --source photo --target sketch "
     "--lr 0.1 --lambda-global 1 --lambda-crop 1",
@@ -204,7 +204,7 @@ def test_processes_do_what_one_does(scheme, material, tmp_path):
 MODELS = {
     "destylize": "",
     "clip_heads": "model",
-    "clip_gradients": "model",
+    "clip_gradients": "model-1",
     "warm_start": "model",
     "nada": "styles",
 }
