@@ -29,7 +29,8 @@ between photos and drawings and at those of generators that have followed such m
         --format npy --styles photo,cel,duotone,pencil,paint
     python -m train.clip_gradients --data heads --out runs/guide-1
     python -m train.nada --clip runs/guide-1/model-* --source "a photo" \\
-        --target "a cartoon" --save-every 20 --keep 20 --out runs/nada-1
+        --target "a cartoon" --batch 8 --phase all --lr 5e-3 --noise none \\
+        --lambda-crop 1 --save-every 40 --keep 20 --steps 240 --out runs/nada-1
     python -m train.clip_gradients --data heads --weights runs/guide-1/model-* \\
         --runs runs/nada-1 --out runs/guide-2
 

@@ -124,8 +124,9 @@ class Options:
     """Base networks: a name we ship, a converted folder, or a run."""
     profile: bool = True
     """Where no --clip is named, take the defaults that the weights recommend for
-    themselves (`nada` in their config.json, with --ref `nada_pictures` besides;
-    printed); --no-profile: the published ones."""
+    themselves (`nada` in their config.json, besides with --ref `nada_pictures` and
+    with a --target that is in `nada_targets` what stands there; printed);
+    --no-profile: the published ones."""
     clip: tuple[str, ...] = ()
     """CLIP models: files, folders, names (ViT-B/32, ViT-B/16, ViT-L/14) or hub ids in
     the local cache. Not given: as published, ViT-B/32, and ViT-B/16 too for changes of
@@ -621,7 +622,11 @@ def read(args: list[str] | None) -> Options:
     if options.profile and not options.clip:
         metadata = weights.read_config(options.weights)["metadata"]
         profile = dict(metadata.get("nada", {}))
-        profile |= metadata.get("nada_pictures", {}) if options.ref else {}
+        if options.ref:
+            profile |= metadata.get("nada_pictures", {})
+        elif len(options.target) == 1:
+            target = re.sub("^an? ", "", options.target[0])
+            profile |= metadata.get("nada_targets", {}).get(target, {})
         chooses = {"choose_steps", "improve_shape"} & wanted.keys()
         if chooses or options.choose_steps or options.improve_shape:
             profile.pop("phase", None)  # both choose the layers

@@ -467,6 +467,7 @@ def test_what_the_weights_recommend(tmp_path, base, capsys):
     def saved(name, **nada):
         model, params = weights.load(base[1])
         metadata = {"nada": nada, "nada_pictures": {"steps": 9}} if nada else {}
+        metadata |= {"nada_targets": {"zebra": {"steps": 7}}} if nada else {}
         weights.save(tmp_path / name, model, params, metadata=metadata)
         texts = ["--source", "photo", "--target", "sketch"]
         return ["--weights", str(tmp_path / name), *texts]
@@ -486,6 +487,13 @@ def test_what_the_weights_recommend(tmp_path, base, capsys):
         assert (options.phase, options.run.batch) == ("default", 6)
     options = nada.read([*args[:2], "--ref", "x.png"])
     assert options.run.steps == 9 and options.terms.lambda_crop == 2.5
+    for targets, steps in (
+        (["a zebra"], 7),
+        (["zebra"], 7),
+        (["zebra", "sketch"], 300),
+    ):
+        options = nada.read([*args[:2], "--source", "photo", "--target", *targets])
+        assert options.run.steps == steps and options.terms.lambda_crop == 2.5
     plain = nada.Options()
     for published in (["--no-profile"], ["--clip", "c"]):
         options = nada.read([*args, *published])
