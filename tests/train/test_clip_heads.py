@@ -396,11 +396,14 @@ def test_the_folder_it_asks_for(tmp_path):
         clip_heads.Heads([heads], 4)
 
 
-def test_what_ships_refuses_what_it_has_not_learned():
-    folder = weights.ASSETS / nada.SMALL_CLIP
+@pytest.mark.parametrize(
+    "model", (nada.SMALL_CLIP, "clip_heads_cartoon", "clip_heads_cartoon_2")
+)
+def test_what_ships_refuses_what_it_has_not_learned(model):
+    folder = weights.ASSETS / model
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 4e6
-    judge = load_clip(nada.SMALL_CLIP)
-    named = weights.read_config(nada.SMALL_CLIP)["metadata"]["named"]
+    judge = load_clip(model)
+    named = weights.read_config(model)["metadata"]["named"]
     for name, share in named.items():
         words = [w for v in clip_heads.WORDS[name].values() for w in v]
         if share < clip_heads.needed_share(len(clip_heads.WORDS[name])):

@@ -450,13 +450,16 @@ def test_the_clip_that_is_not_named(tmp_path, base):
     image.touch()
     both = ("ViT-B/32", "ViT-B/16")
     own = ["--weights", base[1]]
-    recommended = weights.read_config("heads")["metadata"]["nada_pictures"]
+    metadata = weights.read_config("heads")["metadata"]
+    recommended = metadata["nada_pictures"]
+    cartoon = metadata["nada_targets"]["cartoon"]
     for args, clip, steps in (
         (["--no-profile"], (nada.SMALL_CLIP,), 300),
         (own, both[:1], 300),
         ([*own, "--ref", str(image)], both, 500),
         (["--clip", "ViT-L/14", "--ref", str(image)], ("ViT-L/14",), 500),
         (["--ref", str(image), "--steps", "40"], recommended["clip"], 40),
+        (["--target", "a cartoon"], cartoon["clip"], cartoon["steps"]),
     ):
         texts = ["--source", "photo", "--target", "sketch"]
         options = nada.resolve(nada.read([*texts, *args]), 1024)
