@@ -530,7 +530,6 @@ def weights_alignment(found: Params, wanted: Params) -> Array:
     def of_array(a, b):
         a, b = (x.reshape(len(x), -1) for x in (a, b))
         lengths = jnp.sum(a * a, -1), jnp.sum(b * b, -1)
-        # Of gradients of mean pictures these are far from rounding.
         cosine = jnp.sum(a * b, -1) * lax.rsqrt(lengths[0] * lengths[1] + 1e-30)
         return cosine, jnp.sqrt(a.shape[1] * lengths[1])
 
