@@ -486,7 +486,7 @@ def alignment(a: Array, b: Array, square: int) -> Array:
     return jnp.sum(a * b, -1) * lax.rsqrt(lengths[0] * lengths[1] + 1e-20)
 
 
-def pull(generator: Generator, ways: Mapping, batch: Mapping, slopes: Array) -> Array:
+def pull(generator: Generator, ways: Mapping, batch: Mapping, slopes: Array) -> Params:
     """Gradients of the weights of each group's generator by those of its pictures.
 
     Args:
@@ -498,7 +498,8 @@ def pull(generator: Generator, ways: Mapping, batch: Mapping, slopes: Array) -> 
       slopes: by the pictures, [groups, together, size, size, 3].
 
     Returns:
-      Like `synthesis`, arrays [groups, ...]; of the base where a group has none.
+      Like `synthesis`, arrays [groups, ...]; a group of mixes has those of the first
+      generator, which mean nothing.
     """
 
     def of_group(number, codes, slopes):
