@@ -397,7 +397,12 @@ def test_the_folder_it_asks_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", (nada.SMALL_CLIP, "clip_heads_cartoon", "clip_heads_cartoon_2")
+    "model",
+    (
+        nada.SMALL_CLIP,
+        "clip_heads_cartoon",
+        *(f"clip_heads_cartoon_{n}" for n in (2, 3, 4)),
+    ),
 )
 def test_what_ships_refuses_what_it_has_not_learned(model):
     folder = weights.ASSETS / model
